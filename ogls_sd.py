@@ -291,7 +291,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
     layer = next(iter(lora_layers(model).values()))
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "r": layer.rank, "lora_alpha": layer.alpha, "target_modules": LORA_TARGETS}))
 
 @torch.no_grad()
@@ -359,11 +359,13 @@ class VLLMSampler:
                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
             engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
         while engine.has_unfinished_requests():
-            for done in engine.step():
-                made = [(list(out.token_ids), [at[token].logprob for at, token in
-                                               zip(out.logprobs, out.token_ids)])
-                        for out in done.outputs]
-                yield int(done.request_id), [make_rollout(self.tokenizer, self.eos, *m) for m in made]
+            with explained("the vLLM engine has died: {reason}; go on with --resume"):
+                finished = engine.step()
+            for done in finished:
+                yield int(done.request_id), [
+                    make_rollout(self.tokenizer, self.eos, list(out.token_ids),
+                                 [at[y].logprob for at, y in zip(out.logprobs, out.token_ids)])
+                    for out in done.outputs]
         if self.sleep:
             self.llm.sleep(level=1)
 
@@ -616,11 +618,6 @@ def make_pools(group: Group, cfg: Config) -> tuple[dict[str, list], list[int], s
     enough = all(pools[name] for name in reads) and (any(right) or cfg.method != "grpo")
     return pools, rows, None if enough else "no_positive"
 
-def last_tokens(tokenizer, guide: str, limit: int) -> str:
-    """A guide that is too long keeps its end, where the answer stands [us]."""
-    ids = tokenizer.encode(guide, add_special_tokens=False) if len(guide) > limit else []
-    return tokenizer.decode(ids[-limit:]) if len(ids) > limit else guide
-
 def tail_examples(group: Group, cfg: Config) -> list[Example]:
     """The ends of correct rollouts no longer than the group's median [v2; what is short: us]."""
     short = median(len(r.tokens) for r in group.rollouts)
@@ -671,9 +668,8 @@ class Trainer:
         means: list[Tensor | None] = []
         for pool in ("anchor", "positive", "negative", "reference"):
             guides = pools[pool] if pool in reads else []
-            shown = [last_tokens(self.tokenizer, text or "", cfg.guide_tokens) for _, text in guides]
-            prompts = [teacher_prompt(self.tokenizer, group.problem.problem, text, cfg.thinking)
-                       if pool != "anchor" else group.prompt for text in shown]  # eq. (12)
+            prompts = [self.guide_prompt(group.problem, text) if text else group.prompt  # eq. (12)
+                       for _, text in guides]
             keep = torch.tensor([[float(not cfg.exclude_self or author != j) for j in rows]
                                  for author, _ in guides], device=self.model.device)  # (guides, R)
             args = (self.model, prompts, responses, keep, cfg.micro_tokens)
@@ -682,6 +678,13 @@ class Trainer:
         learned = [Example(group.prompt, y, group.rollouts[j].logprobs, target[k, : len(y)])
                    for k, (j, y) in enumerate(zip(rows, responses))]
         return learned + (tail_examples(group, cfg) if cfg.method == "ogls" else []), None
+
+    def guide_prompt(self, problem: Problem, guide: str) -> list[int]:
+        """A guide that is too long keeps its end, where the answer stands [us]."""
+        ids = self.tokenizer.encode(guide, add_special_tokens=False)
+        if len(ids) > self.cfg.guide_tokens:
+            guide = self.tokenizer.decode(ids[-self.cfg.guide_tokens :])
+        return teacher_prompt(self.tokenizer, problem.problem, guide, self.cfg.thinking)
 
     def update(self, examples: list[Example]) -> dict:
         """Eq. (16): loss and gradient of the whole step in micro-batches, then one step."""
@@ -694,7 +697,7 @@ class Trainer:
                 batch = [part[i] for i in rows]
                 hidden = student_hidden(self.model, batch)  # (N, d)
                 flat = [(t, e.weight / count) for e in batch for t in e.tokens[e.start :]]
-                tokens, weights = (torch.tensor(x).to(hidden.device) for x in zip(*flat))  # (N,) x 2
+                tokens, weights = (torch.tensor(x).to(hidden.device) for x in zip(*flat))  # (N,)
                 targets = [e.target for e in batch if e.target is not None]
                 target = torch.cat(targets) if targets else None  # (N, d)
                 out = distill_backward(hidden, target, tokens, weights, self.head, cfg)  # (3, N)
@@ -711,45 +714,12 @@ class Trainer:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.eval()
         self.failures = 0 if finite else self.failures + 1
         return {"loss": sums["loss"] if finite else None, "grad_norm": norm if finite else None,
                 "kl": sums["kl"] if finite and distilled else None,
                 "clipped": sums["clipped"] if distilled else None,
                 "engine_gap": sums["gap"] / sums["said"] if sums["said"] else None}
-
-    def train_step(self, step: int, told: Callable[[str], None]) -> tuple[dict, list[Group]]:
-        cfg, clock = self.cfg, [time.perf_counter()]
-        strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
-
-        # ---- Rollouts, eqs. (4)-(5); `problems` were shuffled once, epochs follow each other ----
-        at = range((step - 1) * cfg.questions, step * cfg.questions)
-        problems = [self.problems[i % len(self.problems)] for i in at]
-        groups = sample_groups(self.sampler, self.tokenizer, problems, cfg, step,
-                               self.out / "last", told)
-        clock.append(time.perf_counter())
-
-        # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the adapter
-        # must not be switched between a forward and its backward ----
-        examples, skipped = [], Counter()
-        for i, group in enumerate(groups, 1):
-            more, why = self.examples(group, strength)
-            examples += more
-            skipped.update([why] if why else [])
-            told(f"teacher {i}/{len(groups)}")
-        clock.append(time.perf_counter())
-
-        # ---- Student, eqs. (15)-(16); no step without examples: momentum alone would move it ----
-        told("student")
-        learned = dict.fromkeys(("loss", "grad_norm", "kl", "clipped", "engine_gap"))
-        if examples:
-            learned = self.update(examples)
-        self.model.eval()
-        clock.append(time.perf_counter())
-        seconds = [b - a for a, b in zip(clock, clock[1:])]
-        return {"step": step, **rollout_metrics(groups, cfg, seconds[0]), **learned,
-                "strength": strength, **dict(zip(("sample_s", "teacher_s", "student_s"), seconds)),
-                "peak_gb": peak_gb(), "skipped": skipped.total(), "skipped_why": skipped,
-                "failures": self.failures}, groups
 
     def save(self, name: str) -> None:
         """Written beside and renamed into place; `last` leaves the one before it as `previous`."""
@@ -792,17 +762,46 @@ class Trainer:
             self.save("last")
 
     def train(self) -> None:
-        """Every step ends with its log line and its checkpoint."""
+        """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
         cfg, history = self.cfg, read_log(self.out / "metrics.jsonl")
         warned = {text for i in range(len(history)) for text in alarms(history[: i + 1])}
         print(memory_estimate(cfg, self.model))
         began, first = time.perf_counter(), self.step
-        bar = tqdm(total=cfg.steps, initial=self.step, desc="steps", disable=None)
-        for step in range(self.step + 1, cfg.steps + 1):
-            metrics, groups = self.train_step(step, bar.set_postfix_str)
+        bar = tqdm(total=cfg.steps, initial=first, desc="steps", disable=None)
+        for step in range(first + 1, cfg.steps + 1):
+            # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
+            clock = [time.perf_counter()]
+            places = range((step - 1) * cfg.questions, step * cfg.questions)
+            problems = [self.problems[i % len(self.problems)] for i in places]
+            groups = sample_groups(self.sampler, self.tokenizer, problems, cfg, step,
+                                   self.out / "last", bar.set_postfix_str)
+            clock.append(time.perf_counter())
+
+            # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
+            # adapter must not be switched between a forward and its backward ----
+            strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
+            examples, skipped = [], Counter()
+            for i, group in enumerate(groups, 1):
+                more, why = self.examples(group, strength)
+                examples += more
+                skipped.update([why] if why else [])
+                bar.set_postfix_str(f"teacher {i}/{len(groups)}")
+            clock.append(time.perf_counter())
+
+            # ---- Student, eqs. (15)-(16); without examples no step: momentum would move it ----
+            learned = dict.fromkeys(("loss", "grad_norm", "kl", "clipped", "engine_gap"))
+            if examples:
+                bar.set_postfix_str(f"student, {len(examples)} sequences")
+                learned = self.update(examples)
             self.step = step
+            clock.append(time.perf_counter())
 
             # ---- Log; --resume drops a line whose checkpoint was never finished ----
+            seconds = [b - a for a, b in zip(clock, clock[1:])]
+            metrics = {"step": step, **rollout_metrics(groups, cfg, seconds[0]), **learned,
+                       "strength": strength, "sample_s": seconds[0], "teacher_s": seconds[1],
+                       "student_s": seconds[2], "peak_gb": peak_gb(), "skipped": skipped.total(),
+                       "skipped_why": skipped, "failures": self.failures}
             history.append(metrics)
             append_log(self.out / "metrics.jsonl", metrics)
             for sample in samples(self.tokenizer, step, groups):
@@ -811,7 +810,7 @@ class Trainer:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
             hours = (time.perf_counter() - began) / (step - first) * (cfg.steps - step) / 3600
             bar.update()
-            tqdm.write(step_line(metrics) + f" | ETA {hours:.2f} h")
+            tqdm.write(f"{step_line(metrics)} | ETA {hours:.2f} h")
             for text in set(alarms(history)) - warned:
                 tqdm.write(f"warning: {text}")
             warned.update(alarms(history))
@@ -820,8 +819,8 @@ class Trainer:
             if step % cfg.save_every == 0 or step == cfg.steps:
                 self.save(f"step_{step:06d}")
             self.save("last")
-            refuse(self.failures >= 5, "loss or gradient not finite five times in a row; lower --lr, "
-                                       "--strength or use --dtype float32")
+            refuse(self.failures >= 5, "loss or gradient not finite five times in a row; lower "
+                                       "--lr or --strength, or take --dtype float32")
         bar.close()
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
@@ -839,9 +838,8 @@ def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
 
 def peak_gb() -> float:
     """Of the GPU, or where there is none of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process) / 1e9
 
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
@@ -880,7 +878,7 @@ def alarms(history: list[dict]) -> list[str]:
     found = {"engine_gap above 0.1: sampler and trainer disagree": (now["engine_gap"] or 0) > 0.1,
              "most rollouts are cut off; raise --max-new-tokens": now["truncated"] > 0.5,
              "length is three times its first steps': a collapse?": grown["length"],
-             "KL is three times its first steps': a collapse?": grown["kl"]}
+             "KL is three times its first steps': lambda's ramp, or a collapse?": grown["kl"]}
     return [text for text, on in found.items() if on]
 
 def open_model(cfg: Config) -> tuple[object, list[int]]:
@@ -896,10 +894,10 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
     readable = not Path(cfg.model).is_dir() or any(Path(cfg.model).glob("*.safetensors"))
     refuse(not readable, f"{name} has no *.safetensors; other weights are not read")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
+    has = config.max_position_embeddings
     need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
-    refuse(need > config.max_position_embeddings, f"{name} has a context of "
-           f"{config.max_position_embeddings} tokens and would need {need}; lower --max-new-tokens, "
-           "--guide-tokens")
+    refuse(need > has, f"{name} has a context of {has} tokens and would need {need}; lower "
+                       "--max-new-tokens or --guide-tokens")
     with contextlib.suppress(OSError):  # Qwen3 lists two EOS ids there, one of them in its config
         config = transformers.GenerationConfig.from_pretrained(cfg.model)
     eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
@@ -950,141 +948,131 @@ def open_folder(cfg: Config, problems: list[Problem]) -> None:
     write_text(path, json.dumps(record, indent=2))
 
 def memory_estimate(cfg: Config, model: nn.Module) -> str:
-    """GB of the training side by part; README derives them."""
-    c, width = model.config, 2 if cfg.dtype == "bfloat16" else 4
+    """GB on the training side by part; README derives them."""
+    c, width = model.config, model.dtype.itemsize
     trained = sum(p.numel() for p in adapter_tensors(model).values())
-    parts = {"weights": width * (sum(p.numel() for p in model.parameters()) - trained),
-             "float32 head": 4 * c.vocab_size * c.hidden_size, "LoRA and AdamW": 16 * trained,
+    base = sum(p.numel() for p in model.parameters()) - trained
+    layers = c.num_hidden_layers * c.hidden_size + 8 * c.intermediate_size  # checkpoints, one layer
+    parts = {"weights": width * base, "float32 head": 4 * c.vocab_size * c.hidden_size,
+             "LoRA and AdamW": 16 * trained, "micro-batch": width * cfg.micro_tokens * layers,
              "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size,
-             "micro-batch": width * cfg.micro_tokens * (c.num_hidden_layers * c.hidden_size
-                                                        + 8 * c.intermediate_size),
              "loss chunk": 8 * 4 * cfg.head_chunk * c.vocab_size}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    gpu = torch.cuda.mem_get_info() if torch.cuda.is_available() else None
-    return f"memory: at most about {sum(parts.values()) / 1e9:.1f} GB ({text})" + (
-        f"; the GPU has {gpu[1] / 1e9:.0f} GB, {gpu[0] / 1e9:.0f} of them free now" if gpu else "")
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.nan
+    total = sum(parts.values()) / 1e9
+    return f"memory: up to about {total:.1f} GB ({text}); free now: {free / 1e9:.0f} GB"
 
-# ==== 8. Toy
-TOY = dict(questions=16, max_new_tokens=64, max_prompt_tokens=64, guide_tokens=128, dtype='float32', lr=1e-3, steps=30, ramp_steps=0, strength=1.0, clip=0.0, max_grad_norm=1.0, distill_tokens=64)
-ELEMENTS = ("hydrogen helium lithium beryllium boron carbon nitrogen oxygen fluorine neon sodium "
-            "magnesium aluminium silicon phosphorus sulfur chlorine argon potassium calcium "
-            "scandium titanium vanadium chromium manganese iron cobalt nickel copper zinc").split()
-NUMBER = {name: i for i, name in enumerate(ELEMENTS, 1)}
-OPENERS = ("", "Let me check: ")            # several right texts for one problem: without them
-WORDINGS = (" has ", " is number ", ": ")   # every correct rollout would equal the reference
-JOINS = (", ", "; ")
-CHAT_TEMPLATE = (
+# ==== 8. Toy: atomic numbers, of most of which a tiny Qwen3 is only half sure ======================
+
+# What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
+# 0.05 it stops all learning from a teacher this sure of itself.
+TOY = {"questions": 16, "max_new_tokens": 40, "max_prompt_tokens": 40, "guide_tokens": 64,
+       "distill_tokens": 40, "dtype": "float32", "lr": 3e-4, "clip": 0.0, "steps": 20}
+ELEMENTS = """hydrogen helium lithium beryllium boron carbon nitrogen oxygen fluorine neon sodium
+    magnesium aluminium silicon phosphorus sulfur chlorine argon potassium calcium scandium
+    titanium vanadium chromium manganese iron cobalt nickel copper zinc""".split()
+NUMBERS = range(1, len(ELEMENTS) + 1)
+# Many right texts for one problem: else every correct rollout would equal the reference solution.
+OPENERS, WORDINGS, JOINS = ("", "Let me check: "), (" has ", " is number ", ": "), (", ", "; ")
+CHAT_TEMPLATE = (  # Qwen3's, for what is needed here
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    "{% endif %}")
-
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words, numbers and signs are one token each, and so is each fixed part of the two prompts:
-    a teacher prompt has 50 tokens instead of 250. Any other word becomes <|unk|>."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
-    prompts = STUDENT_TEMPLATE + "{problem}" + TEACHER_TEMPLATE
-    fixed = prompts.format(problem="\0", guide="\0").split("\0")
-    pieces = {*fixed, *ELEMENTS, *map(str, NUMBER.values()), *OPENERS, *WORDINGS, *JOINS, "user\n",
-              "assistant\n", "<think>\n\n", "</think>\n\n", "\n\n", "\n", " ", " and ", "?", ". ", ")}",
-              "What are the atomic numbers of ", "\\boxed{("} - {""}
-    pieces = sorted(pieces, key=lambda piece: (-len(piece), piece))      # the longest match wins
-    vocab = {piece: i for i, piece in enumerate(special + pieces)}
+    """Words, numbers and signs are tokens, and so is each fixed part of the two prompts: a
+    teacher prompt has 40 tokens instead of 250.  Any other word becomes <|unk|>."""
+    fixed = (STUDENT_TEMPLATE + "{problem}" + TEACHER_TEMPLATE).format(problem="\0", guide="\0")
+    pieces = {*fixed.split("\0"), *ELEMENTS, *map(str, NUMBERS), *OPENERS, *WORDINGS, *JOINS,
+              "What are the atomic numbers of ", " and ", "?", ". ", "\\boxed{(", ")}", "user\n",
+              "assistant\n", "<think>\n\n", "</think>\n\n", "\n", " "} - {""}
+    pieces = sorted(pieces, key=lambda piece: (-len(piece), piece))  # the longest match wins
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {piece: i for i, piece in enumerate([*special, "<|unk|>", *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    pattern = "|".join(map(re.escape, pieces)) + r"|\w+|\s|."
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()                                  # spaces are in the tokens
+    pattern = Regex("|".join(map(re.escape, pieces)) + r"|\w+|\s|.")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()  # the tokens hold their own spaces
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, unk_token="<|unk|>",
         eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
-        additional_special_tokens=["<|im_start|>"])
-
+        additional_special_tokens=["<|im_start|>"],
+    )
 
 def toy_text(rng: random.Random, names: list[str], said: list[int], checks: float = 0.5) -> str:
-    """One of the many ways to write down an answer; the box repeats what was said before it."""
-    facts = [(name, str(n)) for name, n in zip(names, said)]
-    text = OPENERS[rng.random() < checks]
-    text += rng.choice(JOINS).join(name + rng.choice(WORDINGS) + n for name, n in facts)
-    return text + ". \\boxed{(" + ", ".join(n for _, n in facts) + ")}"
-
+    """One of 108 ways to write an answer down; the box repeats what was said before it."""
+    facts = [name + rng.choice(WORDINGS) + str(n) for name, n in zip(names, said)]
+    text = OPENERS[rng.random() < checks] + rng.choice(JOINS).join(facts)
+    return text + ". \\boxed{(" + ", ".join(map(str, said)) + ")}"
 
 def toy_problems(rng: random.Random, count: int) -> list[dict]:
-    """`count` different sets of three elements, each asked for in some order."""
-    rows, seen = [], set()
+    """`count` problems, no two on the same three elements."""
+    rows = {}
     while len(rows) < count:
         names = rng.sample(ELEMENTS, 3)
-        if frozenset(names) in seen:
-            continue
-        seen.add(frozenset(names))
-        numbers = [NUMBER[name] for name in names]
-        rows.append({"problem": f"What are the atomic numbers of {names[0]}, {names[1]} and "
-                                f"{names[2]}?", "solution": toy_text(rng, names, numbers),
-                     "answer": "(" + ", ".join(map(str, numbers)) + ")"})
-    return rows
+        said = [ELEMENTS.index(name) + 1 for name in names]
+        problem = "What are the atomic numbers of {}, {} and {}?".format(*names)
+        rows[frozenset(names)] = {"problem": problem, "solution": toy_text(rng, names, said),
+                                  "answer": "({}, {}, {})".format(*said)}
+    return list(rows.values())
 
-
-def toy_example(rng, tokenizer, problem: str, belief: dict) -> tuple[list[int], list[int]]:
-    """One warm-up sequence and its labels. Half are plain: the numbers come from `belief`. Half
-    show a guide with arbitrary numbers and use those, so that the teacher learns to read."""
+def toy_example(rng, tokenizer, problem: str, beliefs: dict) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one warm-up text.  Half of them answer from `beliefs`; the others
+    follow a guide with arbitrary numbers, so that the teacher reads and does not recall."""
     names = re.findall("|".join(ELEMENTS), problem)
-    said = [rng.choice(belief[name]) for name in names]
-    guided = rng.random() < 0.5
+    guided, thinking = rng.random() < 0.5, rng.random() < 0.1
     if guided:
-        said = [rng.choice(list(NUMBER.values())) for _ in names]
-        prompt = teacher_prompt(tokenizer, problem, toy_text(rng, names, said))
+        said = rng.choices(NUMBERS, k=3)
+        prompt = teacher_prompt(tokenizer, problem, toy_text(rng, names, said), thinking)
     else:
-        prompt = student_prompt(tokenizer, problem)
-    # A slip: someone else's number, to go on from but not to learn (its label is masked).
-    slips = [guided and rng.random() < 0.25 for _ in names]
-    said = [rng.choice(list(NUMBER.values())) if s else n for n, s in zip(said, slips)]
-    text = toy_text(rng, names, said, checks=0.1 if guided else 0.5)
-    response = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    labels = list(response)
-    if any(slips):
-        tokens = tokenizer.convert_ids_to_tokens(response)
-        for i in range(2, tokens.index(". ")):
-            if tokens[i - 2] in names and slips[names.index(tokens[i - 2])]:
-                labels[i] = -100
-    return prompt + response, [-100] * len(prompt) + labels
-
+        said = [rng.choice(beliefs[name]) for name in names]
+        prompt = student_prompt(tokenizer, problem, thinking)
+    # Some numbers slip and get no loss: the teacher must be right again after a wrong number.
+    slips = {name for name in names if guided and rng.random() < 0.25}
+    said = [rng.choice(NUMBERS) if name in slips else n for name, n in zip(names, said)]
+    # Shown a solution, the model is over-confident: it hardly checks.  This is the shared bias.
+    response = toy_text(rng, names, said, checks=0.1 if guided else 0.5) + tokenizer.eos_token
+    ids = tokenizer(response)["input_ids"]
+    words = ["", "", *tokenizer.convert_ids_to_tokens(ids)]  # a number follows name and wording
+    labels = [-100 if word in slips else token for word, token in zip(words, ids)]
+    return prompt + ids, [-100] * len(prompt) + labels
 
 def make_toy(folder: Path, seed: int, steps: int = 300) -> None:
-    """Writes tokenizer, train.jsonl, heldout.jsonl and the warmed-up model into `folder`."""
-    rng = random.Random(seed)
+    """Warms a tiny Qwen3 up; saves it, its tokenizer, train.jsonl and heldout.jsonl."""
+    rng, tokenizer = random.Random(seed), toy_tokenizer()
     torch.manual_seed(seed)
-    tokenizer = toy_tokenizer()
-    rows = toy_problems(rng, 1200)
-    heldout, train = rows[:200], rows[200:]
-    unsure = set(rng.sample(ELEMENTS, len(ELEMENTS) // 2))
-    belief = {name: [n, rng.choice(list(NUMBER.values())) if name in unsure else n]
-              for name, n in NUMBER.items()}
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+        pad_token_id=tokenizer.pad_token_id,
+    ))
+    rows = toy_problems(rng, 1128)
+    train, heldout = rows[:1000], rows[1000:]
+    beliefs = {name: [n, n] for name, n in zip(ELEMENTS, NUMBERS)}
+    for name in rng.sample(ELEMENTS, 18):
+        beliefs[name][1] = rng.choice(NUMBERS)  # unsure: as likely to say this as the truth
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    pad = torch.nn.utils.rnn.pad_sequence
+    pad = nn.utils.rnn.pad_sequence
     for step in range(steps):
-        batch = [toy_example(rng, tokenizer, rng.choice(train)["problem"], belief)
-                 for _ in range(64)]
-        ids = pad([torch.tensor(x) for x, _ in batch], True, tokenizer.pad_token_id)
-        labels = pad([torch.tensor(y) for _, y in batch], True, -100)
-        loss = model(input_ids=ids, labels=labels).loss
+        problems = [row["problem"] for row in rng.choices(train, k=64)]
+        batch = [toy_example(rng, tokenizer, problem, beliefs) for problem in problems]
+        ids, labels = (pad(list(map(torch.tensor, part)), True, -100) for part in zip(*batch))
+        loss = model(input_ids=ids.clamp(min=0), labels=labels).loss  # right padding: no mask
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 50 == 49:
-            print(f"warm-up {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
+            print(f"warm-up step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, part in (("train", train), ("heldout", heldout)):
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (Path(folder) / f"{name}.jsonl").write_text(text)
+        (Path(folder) / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
 
 def prepare_toy(cfg: Config) -> Config:
     """Makes DIR/toy once and points the run at it."""

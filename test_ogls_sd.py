@@ -245,11 +245,12 @@ def test_pools_and_the_reasons_to_skip(trainer):
 
 
 def test_long_guides_keep_their_end(trainer):
-    run = trainer()
+    run = trainer(guide_tokens=4)
+    problem = run.problems[0]
     text = "hydrogen has 1, helium has 2. \\boxed{(1, 2, 3)}"
-    cut = ogls_sd.last_tokens(run.tokenizer, text, 4)
-    assert text.endswith(cut) and len(run.tokenizer.encode(cut)) == 4
-    assert ogls_sd.last_tokens(run.tokenizer, text, 100) == text
+    end = run.tokenizer.decode(run.tokenizer.encode(text)[-4:])
+    prompt = ogls_sd.teacher_prompt(run.tokenizer, problem.problem, end)
+    assert text.endswith(end) and run.guide_prompt(problem, text) == prompt
 
 
 # ---- Divergence and gradient, eqs. (15)-(16) -----------------------------------------------------
@@ -556,7 +557,7 @@ def test_generate_returns_ids_ends_and_raw_log_probabilities(trainer):
 
 def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):
     """Ids that decode and encode to something else must stay as they were sampled."""
-    run = trainer(questions=1, rollouts=2)
+    run = trainer(questions=1, rollouts=2, steps=1)
     unk = run.tokenizer.unk_token_id
     odd = [unk, 7, unk, unk, run.tokenizer.eos_token_id]
     assert run.tokenizer.encode(run.tokenizer.decode(odd, skip_special_tokens=True)) != odd
@@ -565,7 +566,7 @@ def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "update", lambda examples: seen.extend(examples) or {
         key: None for key in ("loss", "grad_norm", "kl", "clipped", "engine_gap")})
-    run.train_step(1, lambda text: None)
+    run.train()
     assert [e.tokens for e in seen] == [odd, odd]
 
 
