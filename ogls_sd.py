@@ -33,6 +33,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -40,7 +41,9 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -57,6 +60,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 import transformers
+from mpmath.ctx_mp import MPContext
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -213,23 +217,242 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
     """(x, g) for the teacher, B.2 of the paper, for a guide of either sign."""
     return user_turn(tokenizer, thinking, TEACHER_TEMPLATE, problem=problem, guide=guide)
 
-# CHECKER STUB
-def extract_boxed(text):
-    i = text.rfind("\\boxed{")
-    if i < 0:
-        return None
-    depth, start = 1, i + 7
-    for k in range(start, len(text)):
-        depth += (text[k] == "{") - (text[k] == "}")
-        if depth == 0:
-            return text[start:k] or None
-    return None
+# ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
+#
+# Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
+# exact: 0.3333 is not 1/3. 1\frac45 is the mixed number 9/5, 12,345 one number. Lists and \{sets\}
+# are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets decide the
+# kind of an interval, and x \in [1,2), 1 \le x < 2 and [1,2) are one answer. x = 5 equals 5, but not
+# y = 6. 1 \pm 2 is the list 3, -1. Equations are equal up to a constant factor, inequalities up to a
+# positive one; expressions when they agree at sample points of both signs. 2516_8 equals only itself;
+# \log is base 10; roots of negatives are complex. Sums, integrals, limits, sentences: text only.
 
+MAX_CHARS, MAX_ITEMS = 1000, 50     # of an answer; of a list to be compared in any order
+MAX_BITS = 50_000           # log2 of the largest power: a float, never computed digit by digit
+MAX_ARGUMENT, MAX_FACTORIAL = 10**30, 3000      # arguments of functions, of ! and \binom
+PASSES = (60, range(6)), (800, range(4, 6))     # digits and sample points: rational, from 4 integer
+LOCAL = threading.local()   # an mpmath context for each thread: mpmath changes it while computing
+ALIASES = {name: sign for sign, names in {
+    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "<": r"\lt",
+    ">": r"\gt", "∈": r"\in", "∪": r"\cup", "±": r"\pm", "∓": r"\mp", "*": r"\cdot \times × ·",
+    "/": r"\div ÷ ⁄", "-": "− – —", "∞": r"\infty", "π": r"\pi", "|": r"\vert \lvert \rvert \mid",
+    "%": r"\% percent pct", r"\sqrt": "√ sqrt", ",": r"; \\", ":": "&", r"\{": r"\lbrace",
+    r"\}": r"\rbrace", r"\varnothing": r"\emptyset ∅", r"\dots": r"\ldots \cdots",
+}.items() for name in names.split()}
+REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    (r"\\(?:displaystyle|boxed|left|right|[bB]igg?[lr]?)(?![a-z])|\\?\$", " "),
+    (r"(?:\\\\)?\s*\\(begin|end)\s*\{(?:[pb]?matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
+    (r"(\\(?:sin|cos|tan))\s*[({]?\s*([\d.]+)\s*\^\s*\{?\\circ\s*[)}]*", r"\1(\2π/180)"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-z])|~", " "),
+    (r"^[^(\[{,]*[1-9]\d{0,2}(?:,\d{3})+(?!\d)[^(\[,]*$", lambda m: m[0].replace(",", "")),
+    (r"\\(?:text|math)(?:rm|bf|it|sf|normal)?\s*\{([^{}]*)\}", r" \\text{\1}"),
+    (r"(?:,\s*)?(?:\\text\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
+    (r"(\S)(?:[\s/]*\\text\{(?!\s*(?:i\}|[mbtr]+illion|thousand|dozen|pct|percent))"
+     r"[^{}]*[a-zA-Z][^{}]*\}(?:\^\{?-?[123]\}?)?)+\s*\.?\s*$", r"\1"),  # text after it: a unit
+    (r"\\text\{([^{}]*)\}", r"\1 "),
+    (r"(?<=[\d}])(?:\s*\b(?!\w*illion|thousand|dozen|percent)(?:[a-z]{4,}|[ckm]m|kg|mph|ft|deg)\b"
+     r"(?:\^\{?[23]\}?)?)+\s*$", ""),                            # 5 square meters
+    (r"\\[dtc](?=frac|binom)", r"\\"), (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),
+    (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\^\s*-\s*(\d+|[a-z])", r"^{-\1}"),
+    (r"(?<![\d.}_^])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<=\s)\d+\s*[/⁄]\s*\d+)", r"(\1+\2)"),
+]]
+TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+|\.(?=/))?(?:[eE][+-]?\d{1,4}(?![\w.]))?|\.\d+|"
+                   r"[a-zA-Z]{4,}|pct|[yY]es|[nN]o(?![a-zA-Z])|[<>!]=|\S")
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split()
+FLIPPED, OPEN = {">": "<", "≥": "≤"}, set(r"( [ { \{ | \lfloor \lceil \begin".split())
+BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+PLUS_MINUS = [str.maketrans("±∓", signs) for signs in ("+-", "-+")]
+RELATIONS, CONSTANTS = set("=<>≤≥≠∈"), {"e": "e", "i": "j", "π": "pi", "∞": "inf"}
+NAME = re.compile(r"(?!\d)[^-+*^]*[a-zA-Z][^-+*^]*")        # x, f(2), (p,q), but not 2x or x + y
+LEVELS = {",": 0, **dict.fromkeys(RELATIONS, 1), "∪": 2, ":": 2, "+": 3, "-": 3, "*": 4, "/": 4}
+CLOSE, SIGNS = set(r") ] } \} | \rfloor \rceil \end".split()), {"+", "-"}
+STOPS = {"", *LEVELS, *CLOSE - {"|"}, *"^_!%", *r"\sum \int \prod \lim".split()}
 
-def grade(response, gold):
-    box = extract_boxed(response)
-    return box is not None and box.strip() == gold.strip()
+def tokenise(text: str) -> list[str]:
+    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text))
+    text = unicodedata.normalize("NFKC", text.rstrip(". \\"))
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    tokens = [ALIASES.get(token, token) for token in TOKEN.findall(text.strip().rstrip("."))]
+    tokens = [t.lower() if t[1:] and t.isalpha() else t for t in tokens]
+    both = [[t.translate(table) for t in tokens] for table in PLUS_MINUS]
+    return tokens if both[0] == both[1] else [*both[0], ",", *both[1]]
 
+def kind(value) -> str:
+    """Of compound values, which are lists: [kind, part, ...], in relations [signs, names, ...]."""
+    return value[0] if isinstance(value, list) else ""
+
+class Reader:
+    """Precedence climbing from tokens to numbers and compound values at one sample point."""
+
+    def __init__(self, tokens: list[str], point: int, percent: int):
+        self.mp, self.point, self.percent, self.bars = LOCAL.mp, point, percent, 0
+        self.tokens, self.rest = [*tokens, ""], ["", *tokens[::-1]]     # the next one is rest[-1]
+
+    def expression(self, level: int = 0):
+        """Level 0 reads lists, 3 sums, 4 products, 5 factors side by side, 6 one factor."""
+        start = len(self.rest)
+        value = (BINARY[self.rest.pop()](0, self.expression(max(level, 4)))
+                 if self.rest[-1] in SIGNS else self.atom())
+        while True:
+            token = self.rest[-1]
+            if level <= LEVELS.get(token, -1) < 3:
+                value = self.compound(value, start)
+            elif level <= LEVELS.get(token, -1):
+                value = BINARY[self.rest.pop()](value, self.expression(4 if token in SIGNS else 6))
+            elif token in ("^", "!", "%"):
+                self.rest.pop()
+                value = (self.power(value, self.atom()) if token == "^" else value / self.percent
+                         if token == "%" else self.mp.factorial(self.bounded(value, MAX_FACTORIAL)))
+            elif token in STOPS or token == "|" and self.bars or level > 5 or (
+                    token[0].isdigit() and self.tokens[-len(self.rest) - 1][-1].isdigit() or
+                    token[1:] and token.isalpha() or level > 4 and token[1:] in FUNCTIONS):
+                return value
+            else:
+                value = value * self.expression(6)
+
+    def compound(self, left, start: int):
+        """A list, ∪, ratio or relation so far, extended by the operator at hand."""
+        end, token = len(self.rest), self.rest.pop()
+        right = self.expression(LEVELS[token] + 1)
+        if token not in RELATIONS:
+            items = [side[1:] if kind(side) == token else [side] for side in (left, right)]
+            return [token, *items[0], *items[1]]
+        sides = self.tokens[-start:-end], self.tokens[1 - end:-len(self.rest)]
+        names = ["".join(side) if NAME.fullmatch("".join(side)) else "" for side in sides]
+        signs, old, *sides = left if kind(left)[:1] in RELATIONS else ("", names[:1], left)
+        if token in FLIPPED:
+            return [FLIPPED[token] + signs, names[1:] + old, right, *sides]
+        return [signs + token, old + names[1:], *sides, right]
+
+    def atom(self):
+        token, mp = self.rest.pop(), self.mp
+        if token in OPEN:
+            self.bars += token == "|"
+            value, closing = self.expression(), self.rest.pop()
+            self.bars -= token == "|"
+            if closing not in CLOSE or (token == "|") != (closing == "|"):
+                raise ValueError("bracket")
+            ordered = kind(value) == "," and "{" not in token
+            value = [token + closing, *value[1:]] if ordered else value
+            wraps = {"|": abs, r"\lfloor": mp.floor, r"\lceil": mp.ceil}
+            return wraps[token](value) if token in wraps else value
+        if token[0] in ".0123456789" and self.rest[-1] != "_":
+            return mp.mpf(token)
+        if token in CONSTANTS:
+            return +getattr(mp, CONSTANTS[token])
+        if token == r"\frac":
+            return self.atom() / self.atom()
+        if token == r"\binom":
+            return mp.binomial(*[self.bounded(self.atom(), MAX_FACTORIAL) for _ in range(2)])
+        if token == r"\sqrt":
+            degree = self.atom() if self.rest[-1] == "[" else mp.mpf(2)
+            return self.power(self.atom(), 1 / degree)
+        return self.function(token[1:]) if token[1:] in FUNCTIONS else self.symbol(token)
+
+    def function(self, name: str):
+        marks = {}
+        while self.rest[-1] in ("^", "_"):
+            mark = self.rest.pop()
+            marks[mark] = self.atom()
+        value = self.bounded(self.expression(6 if self.rest[-1] == "(" else 5), MAX_ARGUMENT)
+        value = (self.mp.log(value, marks.get("_", 10)) if name == "log" else
+                 getattr(self.mp, name.replace("rc", ""))(value))
+        return self.power(value, marks["^"]) if "^" in marks else value
+
+    def symbol(self, name: str):
+        """A letter, word, numeral in a base or unknown command: any value, but always the same."""
+        start, opaque = len(self.rest), "({_" if name[0] == "\\" or name in "fgh" else "_"
+        while self.rest[-1] and self.rest[-1] in opaque:
+            del self.rest[len(self.rest) - (self.rest[-1] == "_"):]
+            self.atom()
+        if name in STOPS or not name[-1].isalnum():
+            raise ValueError(name)
+        name += re.sub("[{}]", "", "".join(self.tokens[-start:-len(self.rest)]))
+        seed = int.from_bytes(name.encode(), "big")
+        value = self.mp.mpf(seed * 7919 ** (self.point + 1) % 1_000_003 + 400_000) / 500_000
+        return (-1) ** (seed + self.point) * value if self.point < 4 else self.mp.mpf(
+            seed % 5 + self.point)
+
+    def bounded(self, x, bound: int):
+        if not abs(x) <= bound:
+            raise ValueError("too large")
+        return x
+
+    def power(self, x, y):
+        self.bounded(y * (abs(self.mp.mag(x)) + 1 if x else 1), MAX_BITS)
+        return self.mp.power(x, y)
+
+def unwrap(value):
+    """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
+    signs, names, *sides = value if kind(value)[:1] in RELATIONS else ("", [])
+    if signs in ("=", "∈") and names[0]:
+        return sides[1]
+    if signs in ("<", "≤"):
+        signs = "<" + signs if names[0] else signs + "<"
+        sides = [-LOCAL.mp.inf, *sides] if names[0] else [*sides, LOCAL.mp.inf]
+        names = ["", names[0] or names[1]]
+    brackets = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
+    return [brackets[signs], *sides[::2]] if signs in brackets and names[1] else value
+
+def same(xs: list, ys: list) -> bool:
+    """Equality of two answers, each given by its values at the sample points."""
+    if kind(xs[0]) != kind(ys[0]):
+        xs, ys = [unwrap(x) for x in xs], [unwrap(y) for y in ys]
+    sort = kind(xs[0])
+    if not sort or sort != kind(ys[0]):
+        tolerance, inf = LOCAL.mp.eps * 1e9, LOCAL.mp.inf    # absolute where one side is zero
+        return sort == kind(ys[0]) and all(x == y or abs(x - y) <= tolerance * (
+            max(abs(x), abs(y)) if x and y else 1) < inf for x, y in zip(xs, ys))
+    a, b = [list(zip(*[value[1 + (sort[0] in RELATIONS):] for value in side])) for side in (xs, ys)]
+    if sort in ("=", "∈") and xs[0][1][0] == ys[0][1][0] != "":
+        return same(a[1], b[1])
+    if sort in ("=", "≠", "<", "≤"):
+        u, v = [[right - left for left, right in zip(*sides)] for sides in (a, b)]
+        sign = u[0] * v[0]
+        return (sign != 0 if sort in "=≠" else sign > 0) and same(
+            [x * v[0] for x in u], [y * u[0] for y in v])
+    if sort in (",", "∪") and len(a) + len(b) < 2 * MAX_ITEMS:
+        return all(any(same(x, y) for y in t) for s, t in ((a, b), (b, a)) for x in s)
+    return len(a) == len(b) and all(map(same, a, b))
+
+def agree(a: list[str], b: list[str], percent: int, digits: int, points: range) -> bool:
+    """Equality at the sample points where both have a value, at least a third of them."""
+    LOCAL.mp.dps, pairs = digits, []
+    for point in points:
+        with contextlib.suppress(Exception):       # the text may be anything: unreadable, undefined, too deep
+            readers = [Reader(side, point, percent) for side in (a, b)]
+            values = [reader.expression() for reader in readers]
+            pairs += [values] if all(reader.rest == [""] for reader in readers) else []
+    with contextlib.suppress(Exception):           # parts that do not compare, as a number and a list
+        return len(pairs) >= len(points) / 3 and same(*map(list, zip(*pairs)))
+    return False
+
+def extract_boxed(text: str) -> str | None:
+    r"""What the last closed \boxed{...} holds, in one pass."""
+    starts, last = [], ""
+    for match in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.S):
+        if match[0] == "}" and starts:
+            start = starts.pop()
+            last = text[start:match.start()] if start else last
+        elif match[1] or match[0] == "{":
+            starts.append(match.end() if match[1] else 0)
+    return last.strip() or None
+
+def same_answer(a: str, b: str) -> bool:
+    """Are two bare answers equal, by the conventions at the top of this file?"""
+    a, b = a.strip(), b.strip()
+    if a == b or not a or not b or max(len(a), len(b)) > MAX_CHARS:
+        return a == b != ""
+    LOCAL.mp = getattr(LOCAL, "mp", None) or MPContext()
+    x, y = tokenise(a), tokenise(b)
+    percents = (1, 100) if ("%" in x) != ("%" in y) else (1,)
+    return x == y != [] or any(all(agree(x, y, p, *run) for run in PASSES) for p in percents)
+
+def grade(response: str, gold: str) -> bool:
+    r"""Reward: does the last \boxed{...} of the response hold the gold answer?"""
+    return same_answer(extract_boxed(response) or "", str(gold))
 
 # ==== 4. LoRA: the student is the base plus an adapter, the teacher the base without it ===========
 
