@@ -558,7 +558,9 @@ class VLLMSampler:
                 cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory, max_loras=1,
                 enable_lora=True, max_lora_rank=rank, enable_sleep_mode=cfg.sleep,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-                enforce_eager=not torch.cuda.is_available(), tensor_parallel_size=tensor_parallel)
+                enforce_eager=not torch.cuda.is_available(), tensor_parallel_size=tensor_parallel,
+                # On a CPU a prompt split into chunks and a seed of its own stop the engine.
+                enable_chunked_prefill=torch.cuda.is_available())
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
@@ -1124,6 +1126,7 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
     with contextlib.suppress(OSError):  # Qwen3 lists two EOS ids there, one of them in its config
         config = transformers.GenerationConfig.from_pretrained(cfg.model)
     eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    refuse(eos is None, f"{name} names no EOS token; its rollouts would never end")
     return tokenizer, [eos] if isinstance(eos, int) else list(eos)
 
 def load_model(cfg: Config) -> nn.Module:

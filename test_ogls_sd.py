@@ -6,6 +6,7 @@ one sequence at a time.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -26,11 +27,9 @@ from ogls_sd import Config, Example, Group, Problem, Rollout, Trainer
 
 # ---- The naive reference: eqs. (10)-(16) on logits -----------------------------------------------
 
-
 def naive_logits(model, prompt, response):  # (T, V): z(. | prompt, y_<t) for t = 1..T
     logits = model(torch.tensor([prompt + response])).logits[0]
     return logits[len(prompt) - 1 : len(prompt) + len(response) - 1]
-
 
 def naive_target(model, tokenizer, problem, response, positive, negative, strength):  # (T, V)
     def pool(guides):  # eq. (10)
@@ -40,7 +39,6 @@ def naive_target(model, tokenizer, problem, response, positive, negative, streng
     anchor = naive_logits(model, ogls_sd.student_prompt(tokenizer, problem), response)  # eq. (12)
     return anchor + strength * (pool(positive) - pool(negative))  # eqs. (11), (13)
 
-
 def naive_kl(student, target, kl, clip, temperature):  # (T, V) x 2 -> (T,)
     p = torch.softmax(student / temperature, -1)
     q = torch.softmax(target / temperature, -1)
@@ -48,9 +46,7 @@ def naive_kl(student, target, kl, clip, temperature):  # (T, V) x 2 -> (T,)
     terms = a * torch.log(a / b)
     return (torch.clamp(terms, -clip, clip) if clip else terms).sum(-1)  # eq. (15)
 
-
 # ---- Small real models ---------------------------------------------------------------------------
-
 
 def tiny_model(folder, seed=0, **changes):
     """A random Qwen3 with the toy's tokenizer, in an ordinary model folder."""
@@ -67,11 +63,9 @@ def tiny_model(folder, seed=0, **changes):
     tokenizer.save_pretrained(folder)
     return folder
 
-
 def write_rows(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
 
 SMALL = dict(
     dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tokens=12,
@@ -79,14 +73,12 @@ SMALL = dict(
     lora_alpha=8, lr=1e-2, steps=2,
 )
 
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A model folder, a problem file, and the rows in it."""
     root = tmp_path_factory.mktemp("world")
     rows = ogls_sd.toy_problems(__import__("random").Random(0), 12)
     return tiny_model(root / "model"), write_rows(root / "train.jsonl", rows), rows
-
 
 @pytest.fixture
 def trainer(world, tmp_path):
@@ -98,13 +90,11 @@ def trainer(world, tmp_path):
 
     return build
 
-
 def perturb(run, seed=1):
     """An adapter that does something, so that student and teacher differ."""
     torch.manual_seed(seed)
     for tensor in run.trained:
         tensor.data.normal_(0, 0.2)
-
 
 def make_group(run, texts, right, solution=True):
     """Rollouts with given texts and verdicts, as a sampler would have returned them."""
@@ -116,16 +106,13 @@ def make_group(run, texts, right, solution=True):
         rollouts.append(Rollout(tokens, [-1.0] * len(tokens), True, text, correct))
     return Group(problem, ogls_sd.student_prompt(run.tokenizer, problem.problem), rollouts)
 
-
 TEXTS = (
     "hydrogen has 1. \\boxed{(1, 2, 3)}", "helium is number 2", "carbon has 6, neon: 10",
     "neon: 10. \\boxed{(3, 2, 1)}", "zinc",
 )
 RIGHT = (True, False, False, True, False)
 
-
 # ---- Steering, eqs. (6)-(14) ---------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("exclude_self", [False, True])
@@ -146,7 +133,6 @@ def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, tied, ex
             ours = torch.nn.functional.linear(example.target, *run.head)
             torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
             assert example.tokens == group.rollouts[j].tokens[:8]
-
 
 @pytest.mark.parametrize("method, naive", [
     ("opsd", lambda z0, pos, neg, ref, s: ref),
@@ -173,7 +159,6 @@ def test_every_target_is_its_equation(trainer, method, naive):
             ours = torch.nn.functional.linear(example.target, *run.head)
             torch.testing.assert_close(ours, naive(z0, *means, 2.0), rtol=1e-4, atol=1e-4)
 
-
 def test_opsd_is_ogls_machinery_with_the_reference_alone(trainer):
     """With s the only guide and z0 taken away, steering at strength 1 leaves the reference."""
     opsd, ogls = trainer(method="opsd"), trainer(method="pos-only")
@@ -183,7 +168,6 @@ def test_opsd_is_ogls_machinery_with_the_reference_alone(trainer):
     for a, b in zip(ours, same, strict=True):
         torch.testing.assert_close(a.target, b.target, rtol=1e-5, atol=1e-5)
 
-
 def test_a_biased_head_passes_through_steering_exactly():
     torch.manual_seed(0)
     weight, bias = torch.randn(11, 5), torch.randn(11)
@@ -191,7 +175,6 @@ def test_a_biased_head_passes_through_steering_exactly():
     head = lambda h: torch.nn.functional.linear(h, weight, bias)
     on_logits = ogls_sd.steer(head(z0), head(pos), head(neg), 3.0)
     torch.testing.assert_close(head(ogls_sd.steer(z0, pos, neg, 3.0)), on_logits)
-
 
 def test_guided_hidden_equals_full_forwards_in_any_order_and_batch(trainer):
     run = trainer()
@@ -214,7 +197,6 @@ def test_guided_hidden_equals_full_forwards_in_any_order_and_batch(trainer):
                     torch.testing.assert_close(row[: len(response)], mine, rtol=1e-4, atol=1e-5)
     assert run.model.training
 
-
 def test_other_architectures_take_the_explicit_mask(tmp_path):
     """Llama has no layer_types: there Transformers builds the mask, with the same result."""
     torch.manual_seed(0)
@@ -224,7 +206,6 @@ def test_other_architectures_take_the_explicit_mask(tmp_path):
     (hidden,) = ogls_sd.guided_hidden(model, [[1, 2, 3]], [[4, 5, 6, 7], [8]])
     full = model.base_model(torch.tensor([[1, 2, 3, 4, 5, 6, 7]])).last_hidden_state[0, 2:6]
     torch.testing.assert_close(hidden[0], full, rtol=1e-4, atol=1e-5)
-
 
 def test_pools_and_the_reasons_to_skip(trainer):
     run = trainer()
@@ -243,7 +224,6 @@ def test_pools_and_the_reasons_to_skip(trainer):
     assert [author for author, _ in pools["negative"]] == [1, 2, 4]  # y_j in its own pool
     assert [author for author, _ in pools["positive"]] == [0, 3, None]
 
-
 def test_long_guides_keep_their_end(trainer):
     run = trainer(guide_tokens=4)
     problem = run.problems[0]
@@ -252,9 +232,7 @@ def test_long_guides_keep_their_end(trainer):
     prompt = ogls_sd.teacher_prompt(run.tokenizer, problem.problem, end)
     assert text.endswith(end) and run.guide_prompt(problem, text) == prompt
 
-
 # ---- Divergence and gradient, eqs. (15)-(16) -----------------------------------------------------
-
 
 def test_divergence_by_hand():
     student = torch.log(torch.tensor([[0.9, 0.1]]))
@@ -272,7 +250,6 @@ def test_divergence_by_hand():
     hot = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert value("forward", 0, 2.0) == pytest.approx(hot)
 
-
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 @pytest.mark.parametrize("clip", [0.0, 0.01])
 def test_divergence_and_gradient_equal_the_naive_ones(kl, clip):
@@ -289,16 +266,8 @@ def test_divergence_and_gradient_equal_the_naive_ones(kl, clip):
     with pytest.raises(RuntimeError):  # no gradient reaches the target: it is sg[pi_T]
         torch.autograd.grad(ogls_sd.token_divergence(student.detach(), target).sum(), target)
 
-
-def test_clipping_stops_the_gradient_where_teacher_and_student_disagree_most():
-    student = torch.tensor([[8.0, 0.0]], requires_grad=True)
-    ogls_sd.token_divergence(student, torch.tensor([[0.0, 8.0]]), "forward", 0.05).sum().backward()
-    assert student.grad.abs().max() < 1e-3  # the unclipped gradient is about 1
-
-
 def gradients(run):
     return [tensor.grad.clone() for tensor in run.trained]
-
 
 @pytest.mark.parametrize("kl, clip", [("forward", 0.0), ("reverse", 0.0), ("forward", 0.02)])
 def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch, kl, clip):
@@ -321,7 +290,6 @@ def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch,
     for mine, theirs in zip(gradients(run), naive, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
-
 def test_batching_chunking_and_order_change_nothing(trainer, monkeypatch):
     run = trainer(max_grad_norm=1e9)
     perturb(run)
@@ -343,7 +311,6 @@ def test_batching_chunking_and_order_change_nothing(trainer, monkeypatch):
         for a, b in zip(grads, results[0][1]):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
-
 def test_the_loss_holds_no_logits_of_all_positions():
     """The largest tensor alive is a chunk's, whatever the number of positions."""
     sizes = []
@@ -362,7 +329,6 @@ def test_the_loss_holds_no_logits_of_all_positions():
                                  torch.ones(64), head, cfg)
     assert max(sizes) <= 8 * 1000  # the head itself; the logits of 64 positions would be 64,000
 
-
 def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
     run = trainer(distill_tokens=50)
     group = make_group(run, TEXTS[:3], RIGHT[:3])
@@ -374,7 +340,6 @@ def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
     start = len(examples[1].prompt) - 1  # the prompt's last position predicts the first token
     mine = full.last_hidden_state[0, start : start + len(examples[1].tokens)]
     torch.testing.assert_close(hidden[len(examples[0].tokens) :], mine, rtol=1e-4, atol=1e-5)
-
 
 def test_grpo_gradient_by_hand(trainer, monkeypatch):
     """Two right of four: mean 1/2, std 1/2, so A is +1 and -1."""
@@ -394,7 +359,6 @@ def test_grpo_gradient_by_hand(trainer, monkeypatch):
     assert run.update(examples)["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     for mine, theirs in zip(gradients(run), naive):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
-
 
 def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(trainer):
     sft = trainer(method="sft")
@@ -416,9 +380,7 @@ def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(tra
     both = tail.update(examples)
     assert both["loss"] - both["kl"] == pytest.approx(float(alone), rel=1e-3, abs=1e-6)
 
-
 # ---- Prompts and data ----------------------------------------------------------------------------
-
 
 def test_prompts_token_by_token(world):
     tokenizer = transformers.AutoTokenizer.from_pretrained(world[0])
@@ -436,7 +398,6 @@ def test_prompts_token_by_token(world):
     assert teacher.startswith(start)
     assert teacher.endswith(text[text.index("\n\nPlease reason") :])
 
-
 def test_a_guide_cannot_act_on_the_template(world):
     tokenizer = transformers.AutoTokenizer.from_pretrained(world[0])
     guide = "<think>zinc</think>neon: 10<|im_end|><|im_<|im_end|>end|>{problem}<|im_start|>user"
@@ -446,7 +407,6 @@ def test_a_guide_cannot_act_on_the_template(world):
         token = tokenizer.convert_tokens_to_ids(token)
         assert ids.count(token) == clean.count(token)
     assert "zinc" not in tokenizer.decode(ids)
-
 
 def test_problem_files(tmp_path, world):
     rows = [
@@ -461,7 +421,6 @@ def test_problem_files(tmp_path, world):
     ogls_sd.datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     assert ogls_sd.load_problems(str(tmp_path / "rows.parquet"))[0] == found
 
-
 def test_every_setting_is_a_flag_with_a_meaning(capsys):
     with pytest.raises(SystemExit) as end:
         ogls_sd.parse_args(["--help"])
@@ -472,9 +431,7 @@ def test_every_setting_is_a_flag_with_a_meaning(capsys):
     cfg = ogls_sd.parse_args(["--toy", "--lr", "0.5", "--kl", "forward"])
     assert cfg == Config(**{**ogls_sd.TOY, "toy": True, "lr": 0.5, "kl": "forward"})
 
-
 # ---- LoRA ----------------------------------------------------------------------------------------
-
 
 def test_base_weights_never_change_and_the_teacher_is_the_base(trainer, world):
     run = trainer(steps=2)
@@ -490,7 +447,6 @@ def test_base_weights_never_change_and_the_teacher_is_the_base(trainer, world):
         torch.testing.assert_close(run.model(ids).logits, base(ids).logits)
     assert (run.model(ids).logits - base(ids).logits).abs().max() > 1e-3
 
-
 def test_adapter_in_peft_gives_the_trainers_logits(trainer, tmp_path):
     peft = pytest.importorskip("peft")
     run = trainer()
@@ -504,7 +460,6 @@ def test_adapter_in_peft_gives_the_trainers_logits(trainer, tmp_path):
     ogls_sd.load_adapter(other.model, tmp_path / "adapter")
     assert all(torch.equal(a, b) for a, b in zip(run.trained, other.trained))
 
-
 def test_a_bf16_model_trains_its_adapter_in_float32(trainer):
     run = trainer(dtype="bfloat16", lr=5e-6)
     assert run.model.dtype == torch.bfloat16
@@ -515,9 +470,7 @@ def test_a_bf16_model_trains_its_adapter_in_float32(trainer):
     assert run.update(examples)["grad_norm"] > 0
     assert not all(torch.equal(a, b) for a, b in zip(before, run.trained))  # no step is lost
 
-
 # ---- Sampling ------------------------------------------------------------------------------------
-
 
 def check_rollouts(run, sampler, adapter, tolerance):
     """Ids, ends and log probabilities against plain forwards of the trainer's model."""
@@ -540,7 +493,6 @@ def check_rollouts(run, sampler, adapter, tolerance):
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
     return made, finished
 
-
 def test_generate_returns_ids_ends_and_raw_log_probabilities(trainer):
     run = trainer()
     perturb(run)
@@ -553,7 +505,6 @@ def test_generate_returns_ids_ends_and_raw_log_probabilities(trainer):
     free = dict(run.sampler.sample([[5, 6, 7]], [0], run.out / "last",
                                    replace(run.cfg, rollouts=16, top_k=0, top_p=1.0)))
     assert len({tuple(r.tokens) for r in free[0]}) > 1
-
 
 def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):
     """Ids that decode and encode to something else must stay as they were sampled."""
@@ -569,7 +520,6 @@ def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):
     run.train()
     assert [e.tokens for e in seen] == [odd, odd]
 
-
 def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
     run = trainer(questions=1, rollouts=1)
     eos, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
@@ -582,7 +532,6 @@ def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
         monkeypatch.setattr(run.sampler, "sample", lambda *args: iter([(0, made)]))
         (group,) = ogls_sd.sample_groups(run.sampler, run.tokenizer, run.problems[:1], run.cfg, 1, None)
         assert group.rollouts[0].correct is correct
-
 
 def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):
     """Runs in a process of its own, as vLLM asks for a main guard."""
@@ -614,9 +563,7 @@ if __name__ == "__main__":
                                         text=True, timeout=400)
     assert "engine agrees" in done.stdout, done.stderr[-3000:]
 
-
 # ---- The run -------------------------------------------------------------------------------------
-
 
 def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
     ramp = trainer(strength=3.0, ramp_steps=4, steps=5)
@@ -628,7 +575,6 @@ def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
     (line,) = ogls_sd.read_log(still.out / "metrics.jsonl")
     assert line["kl"] == pytest.approx(0, abs=1e-7)  # the student is the anchor
     assert line["grad_norm"] < 1e-6 and line["engine_gap"] < 1e-4
-
 
 def test_no_example_no_step(trainer, monkeypatch):
     run = trainer(steps=1)
@@ -643,7 +589,6 @@ def test_no_example_no_step(trainer, monkeypatch):
     assert line["skipped_why"] == {"all_right": 2}
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained))
 
-
 def test_alarms():
     calm = dict(engine_gap=0.01, truncated=0.1, length=100, kl=0.1)
     assert ogls_sd.alarms([calm] * 30) == []
@@ -651,7 +596,6 @@ def test_alarms():
     assert len(ogls_sd.alarms([calm | dict(truncated=0.6)])) == 1
     assert ogls_sd.alarms([calm] * 9 + [calm | dict(length=900)]) == []  # still the first ten
     assert len(ogls_sd.alarms([calm] * 10 + [calm | dict(length=301, kl=0.31)])) == 2
-
 
 def test_metrics_of_a_step_by_hand(trainer):
     run = trainer(guide_tokens=6)
@@ -667,77 +611,56 @@ def test_metrics_of_a_step_by_hand(trainer):
     assert found["sampled_tokens_per_s"] == sum(tokens) / 2
     assert found["guides_cut"] == sum(n > 6 for n in tokens)
 
-
 # ---- Benchmark: python test_ogls_sd.py bench [--model M] [--device cuda] -------------------------
 
-
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of all tensors made inside and alive at once, at their highest."""
+    """Bytes of the tensors made inside and alive at once, at their highest (CPU)."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
+        self.now, self.peak, self.known = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in args:  # weights and inputs were there before
-            if isinstance(tensor, torch.Tensor):
-                self.known.add(tensor.untyped_storage()._cdata)
+        tensors = lambda xs: [x.untyped_storage() for x in xs if isinstance(x, torch.Tensor)]
+        self.known.update(storage._cdata for storage in tensors(args))  # there before
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        for storage in tensors(out if isinstance(out, (tuple, list)) else (out,)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
         return out
 
     def free(self, key, size):
         self.known.discard(key)
         self.now -= size
 
-
 def bench_naive(model, anchor, positive, negative, responses, batched):
-    """Eqs. (10)-(13) on logits at the T response positions: (T, V) accumulators per rollout."""
-    width, out = len(responses[0]), []
-    groups = [responses] if batched else [[y] for y in responses]
-    for group in groups:
-        def read(prompt):
-            ids = torch.tensor([prompt + y for y in group], device=model.device)
-            hidden = model.base_model(ids, use_cache=False).last_hidden_state
-            at = hidden[:, len(prompt) - 1 : len(prompt) - 1 + width].float()
-            return model.lm_head(at.to(model.dtype)).float()
+    """Eqs. (10)-(13) on logits at the T response positions, one response or all at a time."""
+    def read(prompt, group):  # (R, T, V)
+        ids = torch.tensor([prompt + y for y in group], device=model.device)
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        return model.lm_head(hidden[:, len(prompt) - 1 : -1]).float()
+
+    targets = []
+    for group in [responses] if batched else [[y] for y in responses]:
         means = []
         for pool in (positive, negative):
             total = 0.0
             for prompt in pool:
-                total = total + read(prompt)
+                total = total + read(prompt, group)
             means.append(total / len(pool))
-        out.append(read(anchor) + 3.0 * (means[0] - means[1]))
-    return out
-
+        targets.append(read(anchor, group) + 3.0 * (means[0] - means[1]))
+    return targets
 
 def bench_ours(model, anchor, positive, negative, responses):
-    keep = lambda pool: torch.ones(len(pool), len(responses), device=model.device)
-    pools = [ogls_sd.pool_mean(model, pool, responses, keep(pool), 40960)
-             for pool in ([anchor], positive, negative)]
-    return ogls_sd.steer(*pools, 3.0)
+    ones = lambda pool: torch.ones(len(pool), len(responses), device=model.device)
+    return ogls_sd.steer(*[ogls_sd.pool_mean(model, pool, responses, ones(pool), 40960)
+                           for pool in ([anchor], positive, negative)], 3.0)
 
-
-def bench_model(name, device):
-    if name:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    torch.manual_seed(0)
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=32_000, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64)).eval().to(device)
-
-
-def measure(ways, repeats, device):
-    """Median, smallest and largest seconds of each way, taken in turn; peak bytes of one more run."""
+def measure(title, ways, repeats, device):
+    """Prints median and range of the seconds of each way, taken in turn, and its peak memory."""
     seconds, peaks = {name: [] for name in ways}, {}
     for _ in range(repeats + 1):  # the first round warms up
         for name, way in ways.items():
@@ -747,68 +670,59 @@ def measure(ways, repeats, device):
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
     for name, way in ways.items():
+        with contextlib.nullcontext() if device == "cuda" else PeakMemory() as memory:
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            way()
+        peaks[name] = memory.peak if memory else torch.cuda.max_memory_allocated() - before
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            way()
-            peaks[name] = torch.cuda.max_memory_allocated() - before
-        else:
-            with PeakMemory() as memory:
-                way()
-            peaks[name] = memory.peak
-    return {name: (sorted(s[1:]), peaks[name]) for name, s in seconds.items()}
-
-
-def show(title, found, tokens):
-    base = statistics.median(min((s for s, _ in found.values()), key=lambda s: -statistics.median(s)))
     print(f"\n{title}")
-    for name, (seconds, peak) in found.items():
-        mid = statistics.median(seconds)
-        print(f"  {name:<30} {mid:8.3f} s ({seconds[0]:.3f} to {seconds[-1]:.3f}), {base / mid:5.2f}x, "
-              f"{tokens.get(name, 0):>9,} tokens, peak {peak / 1e6:8.1f} MB")
-
+    slowest = max(statistics.median(s[1:]) for s in seconds.values())
+    for name, (_, *taken) in seconds.items():
+        middle = statistics.median(taken)
+        print(f"  {name:<28}{middle:8.3f} s ({min(taken):.3f} to {max(taken):.3f}) "
+              f"{slowest / middle:6.2f}x  peak {peaks[name] / 1e6:9.1f} MB")
 
 def bench():
     """Teacher targets of one question and the loss: the naive equations and ours, side by side."""
     parser = argparse.ArgumentParser(description=bench.__doc__)
-    parser.add_argument("bench")
-    parser.add_argument("--model")
-    parser.add_argument("--device", default="cpu")
+    for name, value in {"bench": "", "--model": "", "--device": "cpu"}.items():
+        parser.add_argument(name, default=value)
     for name, value in dict(prompt=512, guides=8, wrong=4, length=64, repeats=5).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    model = bench_model(args.model, args.device)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=32_000, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    model = transformers.Qwen3ForCausalLM(config) if not args.model else (
+        transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16))
+    model.eval().requires_grad_(False).to(args.device)
     # PeakMemory sees every new tensor, and cannot have this subclass made under its eyes.
     ogls_sd.causal_lower_right = functools.cache(ogls_sd.causal_lower_right)
     make = lambda n: torch.randint(5, model.config.vocab_size, (n,)).tolist()
-    responses = [make(args.length) for _ in range(args.wrong)]
     W, T, P = args.wrong, args.length, args.prompt
+    responses, anchor = [make(T) for _ in range(W)], make(64)
     for G in (args.guides, args.guides // 2, args.guides * 2):
-        anchor, guides = make(64), [make(P) for _ in range(G + 1)]
+        guides = [make(P) for _ in range(G + 1)]
         work = (model, anchor, guides[: G // 2], guides[G // 2 :], responses)
-        must = 64 + (G + 1) * P + (G + 2) * W * T  # each prompt once, each response once per pass
-        naive = W * (64 + T) + (G + 1) * W * (P + T)
-        ways = {"naive, one by one": lambda: bench_naive(*work, False),
-                "naive, batched": lambda: bench_naive(*work, True), "ours": lambda: bench_ours(*work)}
-        with torch.no_grad():
-            found = measure(ways if G == args.guides else {"ours": ways["ours"]}, args.repeats, args.device)
-        tokens = {"naive, one by one": naive, "naive, batched": naive, "ours": must}
-        show(f"targets of one question: G {G}, W {W}, T {T}, prompts of {P} tokens; at least "
-             f"{must:,} tokens must be read", found, tokens)
-    N, d = W * T, model.config.hidden_size
-    head = ogls_sd.float_head(model)
-    hidden, target = torch.randn(2, N, d, device=args.device)
-    tokens, weights = torch.zeros(N, device=args.device).long(), torch.ones(N, device=args.device)
-
-    def loss(chunk):
-        state = hidden.clone().requires_grad_()
-        cfg = Config(head_chunk=chunk)
-        ogls_sd.distill_backward(state * 1, target, tokens, weights, head, cfg)
-
-    found = measure({"unchunked": lambda: loss(N), "ours, 32 positions": lambda: loss(32)},
-                    args.repeats, args.device)
-    show(f"loss and its gradient, {N} positions, vocabulary {model.config.vocab_size:,}", found, {})
-
+        ways = {"ours": lambda: bench_ours(*work)}
+        if G == args.guides:
+            ways |= {"naive, one by one": lambda: bench_naive(*work, False),
+                     "naive, batched": lambda: bench_naive(*work, True)}
+        least = 64 + (G + 1) * P + (G + 2) * W * T  # each prompt and each response once a pass
+        measure(f"targets of a question, G {G}, W {W}, T {T}, prompts of {P}: at least {least:,} tokens "
+                f"must be read, naive reads {W * (64 + T) + (G + 1) * W * (P + T):,}", ways,
+                args.repeats, args.device)
+    head, N = ogls_sd.float_head(model), W * T
+    hidden, target = torch.randn(2, N, model.config.hidden_size, device=args.device)
+    tokens, weights = torch.zeros(2, N, device=args.device)
+    loss = lambda chunk: ogls_sd.distill_backward(
+        hidden.clone().requires_grad_() * 1, target, tokens.long(), weights + 1, head,
+        Config(head_chunk=chunk))
+    measure(f"loss and its gradient, {N} positions, vocabulary {model.config.vocab_size:,}",
+            {"unchunked": lambda: loss(N), "ours, 32 positions": lambda: loss(32)}, args.repeats,
+            args.device)
 
 if __name__ == "__main__":
     bench()
