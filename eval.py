@@ -476,7 +476,7 @@ def premise(args: argparse.Namespace) -> dict[str, float]:
 # ==== Main ========================================================================================
 
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, ogls.on_signal)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

@@ -28,11 +28,13 @@ Departures from the paper, each marked again where it happens (README has the so
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
+import multiprocessing
 import operator
 import os
 import random
@@ -66,6 +68,9 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
+if multiprocessing.current_process().name != "MainProcess":  # vLLM's engine imports this file
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the trainer is killed, it dies as well
+
 # ==== 1. Config: every setting, its meaning and where its value comes from ========================
 
 class UserError(Exception):
@@ -82,7 +87,7 @@ def explained(text: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(text.format(reason=reason)) from error
+        raise UserError(text.replace("{reason}", reason)) from error
 
 def setting(default, text: str):
     return field(default=default, metadata={"help": text})
@@ -145,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     for name, value in asdict(cfg).items():
         low = 0 if isinstance(value, float) or name in ("top_k", "ramp_steps", "seed") else 1
-        bad = type(value) in (int, float) and not low <= value < math.inf
+        bad = type(value) in (int, float) and not low <= value < 2**63
         bad |= name in ("temperature", "max_grad_norm", "top_p", "vllm_memory") and value == 0
         bad |= name in ("top_p", "vllm_memory") and value > 1
         refuse(bad, f"--{name.replace('_', '-')} cannot be {value}; see --help")
@@ -181,16 +186,19 @@ def load_problems(source: str) -> tuple[list[Problem], int]:
     refuse(kind and not Path(source).is_file(), f"--data {source}: there is no such file")
     with explained(f"cannot load --data {source}: {{reason}}; give a file, or a set you can reach"):
         splits = datasets.load_dataset(kind or source, data_files=source if kind else None)
-    rows = splits["train" if "train" in splits else sorted(splits)[-1]]
-    question = next((c for c in ("problem", "question", "Question") if c in rows.features), None)
+        rows = splits["train" if "train" in splits else sorted(splits)[-1]]
+        names, rows = rows.column_names, list(rows)
+    question = next((c for c in ("problem", "question", "Question") if c in names), None)
     refuse(not question, f"--data {source} has no column problem, question or Question, only "
-                         f"{', '.join(rows.features)}; rename one")
+                         f"{', '.join(names)}; rename one")
     problems = []
     for row in rows:
         gold = next((row[c] for c in ("answer", "Answer") if row.get(c) not in (None, "")), None)
-        gold = extract_boxed(row.get("solution") or "") if gold is None else str(gold)
-        if row[question] and gold:
-            problems.append(Problem(row[question], gold, row.get("solution") or None))
+        problem, solution = (x if isinstance(x, str) else "" for x in (row[question],
+                                                                       row.get("solution")))
+        gold = extract_boxed(solution) if gold is None else str(gold)
+        if problem and gold:
+            problems.append(Problem(problem, gold, solution or None))
     refuse(not problems, f"--data {source} has no usable row: each needs a problem, and an answer "
                          "or a solution with a \\boxed{} answer")
     return problems, len(rows) - len(problems)
@@ -572,27 +580,29 @@ class VLLMSampler:
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
-        if self.sleep and self.calls:
-            self.llm.wake_up()
-        self.calls += 1  # weights are cached by id, prefixes by name: fresh ones at every call
-        lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
-        engine = self.llm.llm_engine
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-            params = SamplingParams(
-                n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos, logprobs=0,
-                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-            engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
-        while engine.has_unfinished_requests():
-            with explained("the vLLM engine has died: {reason}; go on with --resume"):
-                finished = engine.step()
-            for done in finished:
-                yield int(done.request_id), [
-                    make_rollout(self.tokenizer, self.eos, list(out.token_ids),
-                                 [at[y].logprob for at, y in zip(out.logprobs, out.token_ids)])
-                    for out in done.outputs]
-        if self.sleep:
-            self.llm.sleep(level=1)
+        with explained("the vLLM engine has died: {reason}; go on with --resume"):
+            if self.sleep and self.calls:
+                self.llm.wake_up()
+            self.calls += 1  # weights are cached by id, prefixes by name: fresh ones at every call
+            lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
+            engine = self.llm.llm_engine
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+                params = SamplingParams(
+                    n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                    top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos, logprobs=0,
+                    detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
+            while engine.has_unfinished_requests():
+                while engine.engine_core.outputs_queue.empty():  # step waits for ever for a killed one
+                    refuse(engine.engine_core.resources.engine_dead, "it was killed")
+                    time.sleep(0.001)
+                for done in engine.step():
+                    yield int(done.request_id), [
+                        make_rollout(self.tokenizer, self.eos, list(out.token_ids),
+                                     [at[y].logprob for at, y in zip(out.logprobs, out.token_ids)])
+                        for out in done.outputs]
+            if self.sleep:
+                self.llm.sleep(level=1)
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -866,13 +876,14 @@ class Trainer:
         self.tokenizer, self.eos = open_model(cfg)
         self.problems = select_problems(cfg, self.tokenizer)
         use_vllm(cfg)
-        open_folder(cfg, self.problems)
+        record = open_folder(cfg, self.problems)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
         self.model = getattr(self.sampler, "model", None) or load_model(cfg)
         self.head = float_head(self.model)
         self.trained = list(adapter_tensors(self.model).values())
         self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.lr, weight_decay=0.0)
         self.restore() if cfg.resume else self.save("last")
+        write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
 
     def examples(self, group: Group, strength: float) -> tuple[list[Example], str | None]:
         """Eqs. (6)-(14): what one question teaches, or why it is skipped."""
@@ -943,16 +954,17 @@ class Trainer:
         self.failures = 0 if finite else self.failures + 1
         return {"loss": sums["loss"] if finite else None, "grad_norm": norm if finite else None,
                 "kl": sums["kl"] if finite and distilled else None,
-                "clipped": sums["clipped"] if distilled else None,
-                "engine_gap": sums["gap"] / sums["said"] if sums["said"] else None}
+                "clipped": sums["clipped"] if finite and distilled else None,
+                "engine_gap": sums["gap"] / sums["said"] if finite and sums["said"] else None}
 
     def save(self, name: str) -> None:
         """Written beside and renamed into place; `last` leaves the one before it as `previous`."""
         temp, final = self.out / f"{name}.tmp", self.out / name
         shutil.rmtree(temp, ignore_errors=True)
-        save_adapter(self.model, temp, self.cfg.model)
-        torch.save({"step": self.step, "failures": self.failures, "rng": torch.get_rng_state(),
-                    "optimizer": self.optimizer.state_dict()}, temp / "trainer_state.pt")
+        with explained(f"cannot write {temp}: {{reason}}; make space on the disk, then --resume"):
+            save_adapter(self.model, temp, self.cfg.model)
+            torch.save({"step": self.step, "failures": self.failures, "rng": torch.get_rng_state(),
+                        "optimizer": self.optimizer.state_dict()}, temp / "trainer_state.pt")
         sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in temp.iterdir()}
         (temp / "manifest.json").write_text(json.dumps(sums))
         if final.exists() and name == "last":
@@ -971,7 +983,7 @@ class Trainer:
                     refuse(found != wanted, f"{name} is damaged")
                 state = torch.load(folder / "trainer_state.pt", weights_only=True)
                 break
-            except (UserError, OSError, ValueError, AttributeError) as error:
+            except Exception as error:
                 print(f"cannot use {folder} ({error}); trying the checkpoint before it")
         else:
             raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
@@ -1110,7 +1122,7 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
     """Tokenizer and EOS ids, after everything about the model that can be refused early."""
     name = f"--model {cfg.model}"
     with explained(f"cannot load {name}: {{reason}}; give a folder, or a model you can reach"):
-        config = transformers.AutoConfig.from_pretrained(cfg.model)
+        config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     refuse(any(getattr(config, k, None) for k in scaled), f"{name} caps or scales its logits; "
@@ -1132,12 +1144,15 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
 def load_model(cfg: Config) -> nn.Module:
     """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
     with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=getattr(torch, cfg.dtype), use_safetensors=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=getattr(torch, cfg.dtype), use_safetensors=True,
+            output_loading_info=True)
+        refuse(info["missing_keys"], f"{len(info['missing_keys'])} weights are missing")
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
     model.to("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    refuse(not lora_layers(model), f"--model {cfg.model} has no layers {', '.join(LORA_TARGETS)}")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.eval()
 
@@ -1156,8 +1171,8 @@ def select_problems(cfg: Config, tokenizer) -> list[Problem]:
           f"dropped: {unusable} without an answer, {len(problems) - len(fit)} too long")
     return random.Random(cfg.seed).sample(fit, len(fit))
 
-def open_folder(cfg: Config, problems: list[Problem]) -> None:
-    """Writes config.json; refuses to mix two runs in one folder."""
+def open_folder(cfg: Config, problems: list[Problem]) -> str:
+    """The text of config.json; refuses to mix two runs in one folder."""
     path, packages = Path(cfg.output_dir) / "config.json", (torch, transformers, datasets, sympy)
     record = asdict(cfg) | {
         "versions": {package.__name__: package.__version__ for package in packages},
@@ -1167,11 +1182,13 @@ def open_folder(cfg: Config, problems: list[Problem]) -> None:
                                              "another --output-dir")
     refuse(cfg.resume and not path.exists(), f"{path.parent} holds no run to --resume")
     if cfg.resume:
-        before, names = json.loads(path.read_text()), [f.name for f in fields(Config)]
+        names = [f.name for f in fields(Config)]
         fixed = (*names[: names.index("steps")], "data_sha256")
+        with explained(f"{path} is damaged ({{reason}}); take another --output-dir"):
+            before = {name: json.loads(path.read_text())[name] for name in fixed}
         changed = [f"{name} (was {before[name]})" for name in fixed if before[name] != record[name]]
         refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
-    write_text(path, json.dumps(record, indent=2))
+    return json.dumps(record, indent=2)
 
 def memory_estimate(cfg: Config, model: nn.Module) -> str:
     """GB on the training side by part; README derives them."""
@@ -1317,22 +1334,26 @@ def score(run: Trainer, problems: list[Problem], adapter: Path | None) -> float:
 
 # ==== Main ========================================================================================
 
-def on_signal(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
-    raise KeyboardInterrupt(number)
-
 def main(argv: list[str] | None = None) -> int:
-    began, run, cfg = time.perf_counter(), None, Config()
+    began, run, cfg, signals = time.perf_counter(), None, Config(), []
+
+    def on_signal(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would tell an error a second time
     try:
         cfg = parse_args(argv)
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         cfg = prepare_toy(cfg) if cfg.toy else cfg
         run = Trainer(cfg)
+        if signals:  # vLLM's start swallows the exception
+            raise KeyboardInterrupt
         run.train()
         if cfg.toy:
             heldout, _ = load_problems(str(run.out / "toy" / "heldout.jsonl"))
@@ -1348,9 +1369,12 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; lower --micro-tokens, --head-chunk or --vllm-memory, then "
               "--resume", file=sys.stderr)
-    except KeyboardInterrupt as error:
-        print(f"stopped; --resume goes on from {cfg.output_dir}/last", file=sys.stderr)
-        return 128 + (error.args or (signal.SIGINT,))[0]
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # not to cut the clean-up short
+            signal.signal(number, signal.SIG_IGN)
+        print("stopped" + f"; --resume goes on from {cfg.output_dir}/last"
+              * (run is not None or cfg.resume), file=sys.stderr)
+        return 128 + signals[0]
     finally:
         if run:
             run.sampler.close()

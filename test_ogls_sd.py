@@ -9,19 +9,30 @@ import argparse
 import contextlib
 import functools
 import json
+import itertools
 import math
 import os
+import random
+import re
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 
+import eval as scorer
 import ogls_sd
 from ogls_sd import Config, Example, Group, Problem, Rollout, Trainer
 
@@ -31,13 +42,11 @@ def naive_logits(model, prompt, response):  # (T, V): z(. | prompt, y_<t) for t 
     logits = model(torch.tensor([prompt + response])).logits[0]
     return logits[len(prompt) - 1 : len(prompt) + len(response) - 1]
 
-def naive_target(model, tokenizer, problem, response, positive, negative, strength):  # (T, V)
-    def pool(guides):  # eq. (10)
-        prompts = [ogls_sd.teacher_prompt(tokenizer, problem, g) for g in guides]
-        return sum(naive_logits(model, p, response) for p in prompts) / len(guides)
-
-    anchor = naive_logits(model, ogls_sd.student_prompt(tokenizer, problem), response)  # eq. (12)
-    return anchor + strength * (pool(positive) - pool(negative))  # eqs. (11), (13)
+def naive_means(run, problem, response, pools):  # (T, V) each: z0, eq. (12), and means, eq. (10)
+    yield naive_logits(run.model, ogls_sd.student_prompt(run.tokenizer, problem), response)
+    for pool in pools:
+        prompts = [ogls_sd.teacher_prompt(run.tokenizer, problem, g) for g in pool]
+        yield sum(naive_logits(run.model, prompt, response) for prompt in prompts) / len(pool)
 
 def naive_kl(student, target, kl, clip, temperature):  # (T, V) x 2 -> (T,)
     p = torch.softmax(student / temperature, -1)
@@ -52,14 +61,12 @@ def tiny_model(folder, seed=0, **changes):
     """A random Qwen3 with the toy's tokenizer, in an ordinary model folder."""
     torch.manual_seed(seed)
     tokenizer = ogls_sd.toy_tokenizer()
-    config = dict(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
-        tie_word_embeddings=False, initializer_range=0.15, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config | changes))
-    model.save_pretrained(folder)
+    config = dict(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, head_dim=32,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=0.15,
+                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = transformers.Qwen3Config(**config | changes)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -67,17 +74,15 @@ def write_rows(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
-SMALL = dict(
-    dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tokens=12,
-    max_prompt_tokens=64, guide_tokens=64, distill_tokens=8, ramp_steps=0, clip=0.0, lora_rank=4,
-    lora_alpha=8, lr=1e-2, steps=2,
-)
+SMALL = dict(dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tokens=12,
+             max_prompt_tokens=64, guide_tokens=64, distill_tokens=8, ramp_steps=0, clip=0.0,
+             lora_rank=4, lora_alpha=8, lr=1e-2, steps=2)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A model folder, a problem file, and the rows in it."""
     root = tmp_path_factory.mktemp("world")
-    rows = ogls_sd.toy_problems(__import__("random").Random(0), 12)
+    rows = ogls_sd.toy_problems(random.Random(0), 12)
     return tiny_model(root / "model"), write_rows(root / "train.jsonl", rows), rows
 
 @pytest.fixture
@@ -106,58 +111,36 @@ def make_group(run, texts, right, solution=True):
         rollouts.append(Rollout(tokens, [-1.0] * len(tokens), True, text, correct))
     return Group(problem, ogls_sd.student_prompt(run.tokenizer, problem.problem), rollouts)
 
-TEXTS = (
-    "hydrogen has 1. \\boxed{(1, 2, 3)}", "helium is number 2", "carbon has 6, neon: 10",
-    "neon: 10. \\boxed{(3, 2, 1)}", "zinc",
-)
+TEXTS = ("hydrogen has 1. \\boxed{(1, 2, 3)}", "helium is number 2", "carbon has 6, neon: 10",
+         "neon: 10. \\boxed{(3, 2, 1)}", "zinc")
 RIGHT = (True, False, False, True, False)
 
 # ---- Steering, eqs. (6)-(14) ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("exclude_self", [False, True])
-def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, tied, exclude_self):
+@pytest.mark.parametrize("method, exclude_self, tied", [
+    ("ogls", False, False), ("ogls", True, True), ("opsd", False, True), ("pos-mean", False, False),
+    ("pos-only", False, False)])
+def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, method, exclude_self, tied):
     folder = tiny_model(tmp_path / "model", seed=3, tie_word_embeddings=tied)
-    run = trainer(model=str(folder), exclude_self=exclude_self, micro_tokens=150)
+    run = trainer(model=str(folder), method=method, exclude_self=exclude_self, micro_tokens=150)
     perturb(run)
     group = make_group(run, TEXTS, RIGHT)
     examples, skipped = run.examples(group, strength=1.7)
-    assert skipped is None and len(examples) == 3
-    problem, wrong = group.problem, [j for j, right in enumerate(RIGHT) if not right]
-    positive = [TEXTS[j] for j in range(5) if RIGHT[j]] + [problem.solution]  # eq. (8)
-    with torch.no_grad(), ogls_sd.adapter_off(run.model):
-        for example, j in zip(examples, wrong):
-            negative = [TEXTS[i] for i in wrong if not (exclude_self and i == j)]  # eq. (9)
-            naive = naive_target(run.model, run.tokenizer, problem.problem, example.tokens,
-                                 positive, negative, 1.7)
-            ours = torch.nn.functional.linear(example.target, *run.head)
-            torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
-            assert example.tokens == group.rollouts[j].tokens[:8]
-
-@pytest.mark.parametrize("method, naive", [
-    ("opsd", lambda z0, pos, neg, ref, s: ref),
-    ("pos-mean", lambda z0, pos, neg, ref, s: pos),
-    ("pos-only", lambda z0, pos, neg, ref, s: z0 + s * (pos - z0)),
-    ("ogls", lambda z0, pos, neg, ref, s: z0 + s * (pos - neg)),
-])
-def test_every_target_is_its_equation(trainer, method, naive):
-    run = trainer(method=method)
-    perturb(run)
-    group = make_group(run, TEXTS, RIGHT)
-    examples, _ = run.examples(group, strength=2.0)
-    assert len(examples) == (3 if method in ("ogls", "pos-only") else 5)
+    wrong = [j for j, right in enumerate(RIGHT) if not right]
+    rows = wrong if method in ("ogls", "pos-only") else range(5)
     question, solution = group.problem.problem, group.problem.solution
-    pools = ([TEXTS[0], TEXTS[3], solution], [TEXTS[1], TEXTS[2], TEXTS[4]], [solution])
-    with torch.no_grad(), ogls_sd.adapter_off(run.model):
-        for example in examples:
-            z0 = naive_logits(run.model, group.prompt, example.tokens)
-            means = [
-                sum(naive_logits(run.model, ogls_sd.teacher_prompt(run.tokenizer, question, g),
-                                 example.tokens) for g in pool) / len(pool)
-                for pool in pools
-            ]
-            ours = torch.nn.functional.linear(example.target, *run.head)
-            torch.testing.assert_close(ours, naive(z0, *means, 2.0), rtol=1e-4, atol=1e-4)
+    positive = [TEXTS[j] for j in range(5) if RIGHT[j]] + [solution]  # eq. (8)
+    assert skipped is None and len(examples) == len(rows)
+    for example, j in zip(examples, rows):
+        negative = [TEXTS[i] for i in wrong if not (exclude_self and i == j)]  # eq. (9)
+        with torch.no_grad(), ogls_sd.adapter_off(run.model):
+            z0, pos, neg, ref = naive_means(run, question, example.tokens,
+                                            (positive, negative, [solution]))
+        naive = {"ogls": z0 + 1.7 * (pos - neg), "opsd": ref, "pos-mean": pos,
+                 "pos-only": z0 + 1.7 * (pos - z0)}[method]  # eqs. (11), (13)
+        ours = torch.nn.functional.linear(example.target, *run.head)
+        torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
+        assert example.tokens == group.rollouts[j].tokens[:8]
 
 def test_opsd_is_ogls_machinery_with_the_reference_alone(trainer):
     """With s the only guide and z0 taken away, steering at strength 1 leaves the reference."""
@@ -250,21 +233,11 @@ def test_divergence_by_hand():
     hot = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert value("forward", 0, 2.0) == pytest.approx(hot)
 
-@pytest.mark.parametrize("kl", ["forward", "reverse"])
-@pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_divergence_and_gradient_equal_the_naive_ones(kl, clip):
-    torch.manual_seed(0)
-    student, target = torch.randn(2, 7, 13, dtype=torch.float64) * 2
-    student.requires_grad_()
-    target.requires_grad_()
-    ours = ogls_sd.token_divergence(student, target, kl, clip, 1.1)
-    naive = naive_kl(student, target.detach(), kl, clip, 1.1)
-    torch.testing.assert_close(ours, naive)
-    (mine,) = torch.autograd.grad(ours.sum(), student)
-    (theirs,) = torch.autograd.grad(naive.sum(), student)
-    torch.testing.assert_close(mine, theirs)
-    with pytest.raises(RuntimeError):  # no gradient reaches the target: it is sg[pi_T]
-        torch.autograd.grad(ogls_sd.token_divergence(student.detach(), target).sum(), target)
+def test_no_gradient_reaches_the_target():  # it is sg[pi_T]
+    student, target = torch.randn(2, 7, 13, requires_grad=True).unbind()
+    leaf = target.detach().requires_grad_()
+    loss = ogls_sd.token_divergence(student, leaf).sum()
+    assert torch.autograd.grad(loss, leaf, allow_unused=True) == (None,)
 
 def gradients(run):
     return [tensor.grad.clone() for tensor in run.trained]
@@ -310,24 +283,6 @@ def test_batching_chunking_and_order_change_nothing(trainer, monkeypatch):
         assert metrics == pytest.approx(results[0][0], rel=1e-4)
         for a, b in zip(grads, results[0][1]):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
-
-def test_the_loss_holds_no_logits_of_all_positions():
-    """The largest tensor alive is a chunk's, whatever the number of positions."""
-    sizes = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
-    hidden = torch.randn(64, 8, requires_grad=True)
-    head = (torch.randn(1000, 8), None)
-    cfg = Config(head_chunk=4)
-    with Watch():
-        ogls_sd.distill_backward(hidden * 1, torch.randn(64, 8), torch.zeros(64).long(),
-                                 torch.ones(64), head, cfg)
-    assert max(sizes) <= 8 * 1000  # the head itself; the logits of 64 positions would be 64,000
 
 def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
     run = trainer(distill_tokens=50)
@@ -422,14 +377,83 @@ def test_problem_files(tmp_path, world):
     assert ogls_sd.load_problems(str(tmp_path / "rows.parquet"))[0] == found
 
 def test_every_setting_is_a_flag_with_a_meaning(capsys):
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="0"):
         ogls_sd.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0
-    for name in ("--distill-tokens", "lambda of eq. (13)", "[OPSD]", "default: 5e-06"):
-        assert name in text
-    cfg = ogls_sd.parse_args(["--toy", "--lr", "0.5", "--kl", "forward"])
-    assert cfg == Config(**{**ogls_sd.TOY, "toy": True, "lr": 0.5, "kl": "forward"})
+    assert "--distill-tokens" in text and "lambda of eq. (13)" in text and "default: 5e-06" in text
+    cfg = ogls_sd.parse_args(["--toy", "--lr", "0.5"])
+    assert cfg == Config(**ogls_sd.TOY | {"toy": True, "lr": 0.5})
+
+# ---- Checker: cases by convention, hostile text, a property ---------------------------------------
+
+EQUAL = r"""
+1,296 ~ 1296            ~ 27.0 ~ 27                 ~ 033 ~ 33
+5 \text{ cm}^2 ~ 5      ~ \$18.90 ~ 18.9            ~ 24 square inches ~ 24
+28\% ~ 28               ~ 50\% ~ 0.5                ~ 90^\circ ~ 90 \text{ degrees}
+1\frac45 ~ 9/5          ~ 137 \frac{1}{2} ~ 137.5   ~ -2½ ~ -2.5
+3\times10^8 ~ 3e8       ~ ２７ ~ 27                 ~ −3√5 ~ -3\sqrt{5}
+5 \text{ or } 6 ~ 6, 5  ~ \{1,2\} ~ 2, 1            ~ (1, 2), (3, 4) ~ (3,4),(1,2)
+\text{(B)} ~ B          ~ x = 5 ~ 5                 ~ x=1, x=2 ~ 2, 1
+x \in [1,2) ~ 1\le x<2  ~ x \ge 2 ~ [2, \infty)     ~ (3,\infty)\cup[0,1] ~ [0,1]\cup(3,\infty)
+1 \pm \sqrt2 ~ 1-\sqrt{2}, 1+\sqrt{2}               ~ 2x > 4 ~ x > 2
+y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2         ~ 5 = x ~ x = 5
+e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
+10_{2} ~ 10_2           ~ \binom52 ~ 10             ~ \frac{n^2-n}{2} ~ \binom{n}{2}
+\sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x   ~ |x| ~ |-x|
+\begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix}
+(-1)^n ~ (-1)^{n+2}     ~ 2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes
+"""
+DIFFERENT = r"""
+0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
+50 ~ 0.5                ~ 50\% ~ 5                  ~ 1\frac45 ~ \frac45
+(1,2) ~ (2,1)           ~ (1,2) ~ [1,2]             ~ \{1,2\} ~ (1,2)
+1,2,3 ~ 1,2             ~ \pm 3 ~ 3                 ~ 3:2 ~ 2:3
+(B) ~ (C)               ~ y = 6 ~ x = 5             ~ y = 5 ~ x = 5
+2x > 4 ~ x < 2          ~ x > 2 ~ x \ge 2           ~ x < 5 ~ 5
+3+4i ~ 3-4i             ~ 10_2 ~ 10_3               ~ 10_2 ~ 10
+\sqrt{x^2} ~ x          ~ (-1)^n ~ 1                ~ 104! ~ 104
+10^{100} ~ 10^{100}+1   ~ 0 ~ 10^{-60}              ~ \text{A beats B} ~ \text{B beats A}
+5 \text{ million} ~ 5   ~ 0.\overline{3} ~ 0.\overline{7} ~ 2f(x) ~ f(2x)
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
+"""
+HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0", "10^{10^{10}}",
+           "2^{" * 40 + "2" + "}" * 40, "(-1)^{10^{100}/3}", "10^{10^{100}/3}", "(a+b+c)^{400}",
+           "3" + "!" * 500, "99999999!", r"\binom{10^9}{10^8}", r"\binom{3000}{1500}" * 50,
+           "(" * 400 + "1" + ")" * 400, "-" * 900 + "1", "9" * 100_000, "1," * 499 + "2", "\x00",
+           "}{", "{" * 50_000, r"\frac" * 200, r"\sin" * 200 + "x", r"e^{" * 99 + "9" + "}" * 99,
+           r"\sin(10^{10000})", r"\begin{pmatrix}" * 60, "^", "_", r"\frac{0}{0}", "\ud800", r"\\"]
+
+def cases(table: str) -> list[tuple[str, str]]:
+    parts = [part.strip() for part in re.split(r"~|\n", table) if part.strip()]
+    return list(zip(parts[::2], parts[1::2]))
+
+@pytest.mark.parametrize("a, b", cases(EQUAL))
+def test_equal(a, b):
+    assert ogls_sd.same_answer(a, b) and ogls_sd.same_answer(b, a)
+
+@pytest.mark.parametrize("a, b", cases(DIFFERENT))
+def test_different(a, b):
+    assert not ogls_sd.same_answer(a, b) and not ogls_sd.same_answer(b, a)
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile(text):
+    start = time.perf_counter()
+    assert not ogls_sd.grade(rf"\boxed{{{text}}}", "42") and not ogls_sd.same_answer(text, r"\sqrt2 x")
+    assert time.perf_counter() - start < 1
+
+@pytest.mark.parametrize("answer", [side for pair in cases(EQUAL + DIFFERENT) for side in pair])
+def test_same_when_written_another_way(answer):
+    sized = re.sub(r"([(\[])", r"\\left\1", re.sub(r"([)\]])", r"\\right\1", answer))
+    for other in (answer.replace(r"\frac", r"\dfrac"), f"\\,{answer}\\; ", answer + ".",
+                  f"${answer}$", sized):
+        assert ogls_sd.same_answer(answer, other)
+
+def test_extraction_and_threads():
+    assert ogls_sd.extract_boxed(r"\boxed{1} \boxed{\frac{a}{b_{c}}} \boxed{2") == r"\frac{a}{b_{c}}"
+    assert [ogls_sd.extract_boxed(t) for t in ("5", r"\boxed{}", r"\boxed{5")] == [None] * 3
+    assert ogls_sd.grade(r"so $\boxed{\boxed{5}}$", "5") and not ogls_sd.grade("5", "5")
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda pair: ogls_sd.same_answer(*pair), cases(EQUAL) * 4))
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 
@@ -559,7 +583,7 @@ if __name__ == "__main__":
     script = tmp_path / "engine.py"
     script.write_text(code)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = __import__("subprocess").run([sys.executable, script], env=env, capture_output=True,
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True,
                                         text=True, timeout=400)
     assert "engine agrees" in done.stdout, done.stderr[-3000:]
 
@@ -610,6 +634,398 @@ def test_metrics_of_a_step_by_hand(trainer):
     assert found["markers"] == pytest.approx(1000 * 5 / sum(tokens))
     assert found["sampled_tokens_per_s"] == sum(tokens) / 2
     assert found["guides_cut"] == sum(n > 6 for n in tokens)
+
+# ---- Nothing loses more than a step; nothing typed wrong ends in a traceback ----------------------
+
+STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random Qwen3 with the toy's tokenizer, its problems, and broken kinds of both."""
+    root = tmp_path_factory.mktemp("tiny")
+    tokenizer, rows = ogls_sd.toy_tokenizer(), ogls_sd.toy_problems(random.Random(0), 12)
+    transformers.set_seed(0)
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_attention_heads=2,
+        num_hidden_layers=2, num_key_value_heads=1, head_dim=16, eos_token_id=2)
+    ).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    config = json.loads((root / "model/config.json").read_text())
+    for name, change in {"capped": {"final_logit_softcapping": 30.0}, "pickled": {}, "mute": {},
+                         "alien": {"model_type": "bert"}, "broken": {}}.items():
+        shutil.copytree(root / "model", root / name)
+        (root / name / "config.json").write_text(json.dumps(config | change))
+    (root / "pickled/model.safetensors").rename(root / "pickled/model.bin")
+    (root / "mute/chat_template.jinja").unlink()
+    (root / "broken/model.safetensors").write_bytes(b"no weights")
+    for name, some in {"train": rows, "fewer": rows[:-1], "empty": [], "column": [{"prompt": "?"}],
+                       "number": [{"problem": 1, "answer": 1}], "no": [{"question": "?"}],
+                       "parts": [{"problem": "?", "solution": ["\\boxed{1}"]}], "list": [1, 2],
+                       "long": [{"problem": "1? " * 999, "answer": "1"}]}.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (root / "cut.jsonl").write_text('{"problem": ')
+    (root / "latin.jsonl").write_bytes(b'{"problem": "\xe9?", "answer": "1"}\n')
+    return root
+
+def flags(tiny: Path, out: Path, *more: str) -> list[str]:
+    return (f"--model {tiny}/model --data {tiny}/train.jsonl --output-dir {out} --sampler hf "
+            f"--dtype float32 --steps {STEPS} --questions 4 --rollouts 4 --max-new-tokens 24 "
+            "--distill-tokens 16 --save-every 3 --lora-rank 8 --lr 1e-3").split() + list(more)
+
+def call(tiny: Path, out: Path, *more: str) -> int:
+    return ogls_sd.main(flags(tiny, out, *more))
+
+def start(tiny: Path, out: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, ogls_sd.__file__, *flags(tiny, out, *more)], text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
+
+def wait_for(happened, process: subprocess.Popen) -> None:
+    while not happened() and process.poll() is None:
+        time.sleep(0.001)
+
+def logged(out: Path, name: str = "metrics.jsonl") -> list[dict]:
+    lines = (out / name).read_text().split("\n")[:-1] if (out / name).exists() else []
+    return list(map(json.loads, lines))
+
+def same_run(out: Path, unbroken: Path) -> None:
+    assert [line["step"] for line in logged(out)] == list(range(1, STEPS + 1))
+    for line, wanted in zip(logged(out), logged(unbroken)):
+        for key in [k for k in wanted if not k.endswith(("_s", "_gb"))]:  # seconds, memory
+            assert line[key] == pytest.approx(wanted[key], abs=1e-6), (line["step"], key)
+    assert logged(out, "samples.jsonl") == logged(unbroken, "samples.jsonl")
+
+def one_line(err: str) -> str:
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+def tree(*folders: Path) -> dict[Path, bytes]:
+    return {f: f.read_bytes() for folder in folders for f in folder.rglob("*") if f.is_file()}
+
+@pytest.fixture(scope="session")
+def unbroken(tiny, tmp_path_factory) -> Path:
+    assert call(tiny, out := tmp_path_factory.mktemp("unbroken")) == 0
+    return out
+
+def test_sigkill_at_random_moments(tiny, unbroken, tmp_path):
+    """Before the first checkpoint, then in turn in a step and while a checkpoint is written."""
+    rng = random.Random(KILLS)
+    for kill in range(KILLS):
+        seen = len(logged(tmp_path))
+        process = start(tiny, tmp_path, *["--resume"] * (tmp_path / "config.json").exists())
+        wait_for(lambda: not kill or len(logged(tmp_path)) > seen, process)
+        wait_for(lambda: kill % 2 or any(tmp_path.glob("*.tmp")), process)
+        time.sleep(rng.random() * (0.4 if kill % 2 else 0.004))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert call(tiny, tmp_path, "--resume") == 0
+    same_run(tmp_path, unbroken)
+
+BAD = """--no-such-flag 1 | --no-such-flag; --step 3 | --step; --steps 1.5 | --steps;
+--steps 0 | --steps; --lr fast | --lr; --lr nan | --lr; --lr -1e-6 | --lr; --method dpo | --method;
+--top-p 2 | --top-p; --temperature 0 | --temperature; --resume 5 | --resume; --seed {big} | --seed;
+--model no/model | no/model; --model {tiny}/nothing | /nothing; --model {tiny}/broken | /broken;
+--model {tiny}/pickled | safetensors; --model {tiny}/capped | caps; --model {tiny}/mute | template;
+--model {tiny}/alien | alien; --max-new-tokens 99999 | context; --sampler vllm | --sampler hf;
+--data {tiny}/none.jsonl | no such file; --data {{no}}/data | data; --data {tiny}/cut.jsonl | cut;
+--data {tiny}/empty.jsonl | empty; --data {tiny}/list.jsonl | list; --data no/data | no/data;
+--data {tiny}/column.jsonl | column; --data {tiny}/no.jsonl | row; --data {tiny}/number.jsonl | row;
+--data {tiny}/parts.jsonl | row; --data {tiny}/long.jsonl | --max; --data {tiny}/latin.jsonl | tin;
+--resume | no run; --output-dir {tiny}/train.jsonl | train.jsonl; --output-dir /proc/none | /proc;
+--output-dir {run} | --resume; --output-dir {run} --resume --lr 1e-5 | lr (was;
+--output-dir {run} --resume --method opsd | method; --output-dir {run} --resume --seed 1 | seed;
+--output-dir {run} --resume --data {tiny}/fewer.jsonl | data_sha256""".replace("\n", " ")
+
+@pytest.mark.parametrize("row", BAD.split("; "))
+def test_bad_input_is_told_in_one_line(row, tiny, unbroken, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ogls_sd.importlib.util, "find_spec", lambda name: None)  # no vLLM here
+    given, named = row.format(tiny=tiny, run=unbroken, big=10**20).split(" | ")
+    before = tree(unbroken, tiny)
+    assert call(tiny, tmp_path / "new", *given.split()) == 2
+    assert named in one_line(capfd.readouterr().err)
+    assert tree(unbroken, tiny) == before and not tree(tmp_path)
+
+def test_bad_input_to_the_script(tiny, tmp_path):
+    process = start(tiny, tmp_path, "--data", f"{tiny}/cut.jsonl")
+    assert "cut.jsonl" in one_line(process.communicate()[1]) and process.returncode == 2
+
+@pytest.mark.parametrize("files, damaged", [
+    ("last/adapter_model*", lambda data: data[:1000]), ("last/manifest*", None), ("last/*", None),
+    ("last/adapter_model*", lambda data: data[:-1] + bytes([data[-1] ^ 1])),  # one bit
+    ("last/trainer_state.pt", None), ("last/trainer_state.pt", lambda data: b"garbage" * 99),
+    ("[lp]*/trainer_state.pt", lambda data: b"")])  # last and previous
+def test_damaged_checkpoint(files, damaged, tiny, unbroken, tmp_path, capfd):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob(files):
+        file.write_bytes(damaged(file.read_bytes())) if damaged else file.unlink()
+    assert call(tiny, tmp_path, "--resume") == 0
+    assert f"cannot use {tmp_path}/last (" in capfd.readouterr().out
+    same_run(tmp_path, unbroken)
+
+@pytest.mark.parametrize("number, file", [(15, "metrics.jsonl"), (2, "config.json")])
+def test_signals(number, file, tiny, unbroken, tmp_path):
+    wait_for((tmp_path / file).exists, process := start(tiny, tmp_path))
+    process.send_signal(number)
+    assert process.communicate()[1] == f"stopped; --resume goes on from {tmp_path}/last\n"
+    assert process.returncode == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # its group is empty: no process is left
+    assert call(tiny, tmp_path, "--resume") == 0
+    same_run(tmp_path, unbroken)
+
+@pytest.mark.parametrize("broken", [range(3, 4), range(2, 99)], ids=["one", "all"])
+def test_steps_that_are_not_finite(broken, tiny, tmp_path, monkeypatch, capfd):
+    real, calls = ogls_sd.student_hidden, itertools.count(1)  # one call a step
+    monkeypatch.setattr(ogls_sd, "student_hidden", lambda *args: real(*args) * (
+        math.nan if next(calls) in broken else 1.0))
+    stopped = call(tiny, tmp_path, "--save-every", "1", "--steps", "7")
+    failures = [line["failures"] for line in logged(tmp_path)]
+    saved = [f.read_bytes() for f in sorted(tmp_path.glob("step_*/adapter_model.safetensors"))]
+    assert [a == b for a, b in itertools.pairwise(saved)] == [n > 0 for n in failures[1:]]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert failures == ([0, 1, 2, 3, 4, 5] if stopped else [0, 0, 1, 0, 0, 0, 0])
+    assert not stopped or stopped == 2 and "five times" in one_line(capfd.readouterr().err)
+
+def test_full_disk(tiny, unbroken, tmp_path, capfd, request):
+    if subprocess.getstatusoutput(f"mount -t tmpfs -o size=600k none {tmp_path}")[0]:
+        pytest.skip("needs the right to mount a small file system")
+    request.addfinalizer(lambda: subprocess.run(["umount", str(tmp_path)]))
+    assert call(tiny, tmp_path, "--save-every", "1") == 2
+    assert "space" in one_line(capfd.readouterr().err) and 1 < len(logged(tmp_path)) < STEPS
+    subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
+    assert call(tiny, tmp_path, "--resume") == 0
+    same_run(tmp_path, unbroken)
+
+def test_terminal_control_codes(tiny, tmp_path, monkeypatch, capfd):
+    evil = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202eback\u2028\x00\x7f\t {x} \\boxed{1}"
+    monkeypatch.setattr(ogls_sd, "make_rollout", lambda *args, make=ogls_sd.make_rollout:
+                        ogls_sd.replace(make(*args), text=evil))
+    assert call(tiny, tmp_path, "--steps", "2", "--show-every", "1") == 0
+    out = capfd.readouterr().out.replace("\n", " ")
+    assert "title" in out and out.isprintable()
+    assert [sample["response"] for sample in logged(tmp_path, "samples.jsonl")] == [evil] * 2
+
+# ---- eval.py: figures by hand, a killed evaluation ------------------------------------------------
+
+def response(question, sample, answer, correct, checkpoint="base", finish="stop", text="wait",
+             length=10):
+    values = (checkpoint, "s", question, sample, text, length, finish, answer, "1", correct)
+    return dict(zip(scorer.FIELDS, values))
+
+def test_pass_at_k():
+    # 4 responses, 1 correct, 2 drawn: 3 of the 6 pairs hold it.
+    assert scorer.pass_at(2, 4, 1) == pytest.approx(1 / 2)
+    assert scorer.pass_at(2, 4, 2) == pytest.approx(5 / 6)  # only the pair of both wrong ones fails
+    assert [scorer.pass_at(2, 4, c) for c in (0, 3, 4)] == [0, 1, 1]
+    assert scorer.pass_at(1, 8, 3) == pytest.approx(3 / 8)
+
+def test_majority_counts_equal_answers_as_one(monkeypatch):
+    monkeypatch.setattr(scorer, "same_answer", lambda a, b: eval(a) == eval(b))
+    assert scorer.majority(["1/2", "3", "0.5", "4"], [True, False, True, False]) == 1
+    assert scorer.majority(["3", "1/2", "3"], [False, True, False]) == 0
+    # A tie of 1/2 = 0.5 and 3 = 6/2: one of the two tied answers is correct, in any order.
+    tie, right = ["1/2", "3", "0.5", "6/2", "7"], [True, False, True, False, False]
+    assert scorer.majority(tie, right) == scorer.majority(tie[::-1], right[::-1]) == 1 / 2
+    assert scorer.majority([], []) == 0
+
+def test_score_by_hand():
+    rows = [response(0, 0, "1", True), response(0, 1, "1", True),       # m_0 = 100
+            response(1, 0, "2", False), response(1, 1, "1", True),      # m_1 = 50
+            response(2, 0, None, False), response(2, 1, "1", False, finish="length"),  # m_2 = 0
+            response(3, 0, "3", False), response(3, 1, "2", False, length=30, text="no Hold on")]
+    row = scorer.score(rows).iloc[0]
+    assert row["questions"] == 4 and row["mean@k"] == 37.5
+    # squares of 62.5, 12.5, -37.5, -37.5 add up to 6875; / (4 * 3), root
+    assert row["s.e."] == pytest.approx((6875 / 12) ** 0.5)
+    assert row["pass@1"] == 37.5 and row["pass@2"] == 50
+    assert row["maj@2"] == (100 + 50 + 0 + 0) / 4
+    assert row["cut off"] == 12.5 and row["no box"] == 12.5 and row["length"] == 100 / 8
+    assert row["markers"] == 1000 * 8 / 100
+    assert "vs base" not in row
+
+def test_paired_difference():
+    # Two questions, +100 and 0: the resampled means are 0, 50, 100 with chances 1/4, 1/2, 1/4.
+    gap = scorer.paired_difference(pd.Series([100.0, 0.0]))
+    assert gap == {"vs base": 50, "95% low": 0, "95% high": 100, "verdict": "within noise"}
+    gap = scorer.paired_difference(pd.Series([30.0] * 5))
+    assert (gap["95% low"], gap["95% high"], gap["verdict"]) == (30, 30, "differs")
+    assert scorer.paired_difference(pd.Series([30.0]))["verdict"] == "within noise"
+    many = pd.Series([100.0] * 30 + [0.0] * 70)  # close to 30 +- 1.96 sqrt(0.3 * 0.7 / 100)
+    gap = scorer.paired_difference(many)
+    assert gap == scorer.paired_difference(many)
+    assert (gap["95% low"], gap["95% high"]) == pytest.approx((21, 39), abs=1.01)
+
+def test_difference_is_paired_by_question():
+    rows = [response(q, 0, "1", q == 0) for q in (0, 1, 2)]
+    rows += [response(q, 0, "1", True, "runs/a/step_000001") for q in (2, 1)]  # 0 is not done yet
+    base, mine = scorer.score(rows).to_dict("records")
+    assert base["checkpoint"] == "base" and mine["questions"] == 2
+    assert (mine["vs base"], mine["95% low"], mine["95% high"]) == (100, 100, 100)
+    assert mine["verdict"] == "differs"
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A sampler that answers from its seed alone, and a data file; returns the command's start."""
+    def sample(prompts, seeds, adapter, cfg):
+        for i in reversed(range(len(prompts))):
+            if sampler.left == 0:
+                raise KeyboardInterrupt
+            sampler.left -= 1
+            texts = ["\\boxed{%d}" % ((seeds[i] + j) % 3) for j in range(cfg.rollouts)]
+            yield i, [ogls_sd.Rollout([1] * 5, [0.0] * 5, True, t) for t in texts]
+
+    sampler = SimpleNamespace(left=-1, close=lambda: None, sample=sample)
+    monkeypatch.setattr(ogls_sd, "make_sampler", lambda *args: sampler)
+    monkeypatch.setattr(ogls_sd, "open_model", lambda cfg: (None, [0]))
+    monkeypatch.setattr(scorer, "student_prompt", lambda *args: [1])
+    for name, rows in (("a", 12), ("b", 5)):
+        text = "".join(json.dumps({"problem": f"{name}{i}", "answer": str(i % 3)}) + "\n"
+                       for i in range(rows))
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    folder = tmp_path / "run" / "step_000007"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(
+        {"base_model_name_or_path": "m", "r": 4, "lora_alpha": 8}))
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    return sampler, ["--model", "m", "--adapter", str(folder), "--sampler", "hf", "--k", "4",
+                     "--data", "a.jsonl,b.jsonl", "--output"]
+
+@pytest.mark.parametrize("questions", (0, 1, 13, 20, 33))
+def test_killed_and_resumed(fake, questions, capsys):
+    sampler, command = fake
+    assert scorer.main([*command, "whole.jsonl"]) == 0
+    table = capsys.readouterr().out.splitlines()[-5:]
+    sampler.left = questions
+    assert scorer.main([*command, "cut.jsonl"]) == 130
+    with open("cut.jsonl", "rb+") as file:  # what a kill in the middle of a line leaves
+        file.truncate(max(Path("cut.jsonl").stat().st_size - 7, 0))
+    sampler.left = -1
+    assert scorer.main([*command, "cut.jsonl"]) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == table
+    whole, cut = (sorted(Path(f"{n}.jsonl").read_text().splitlines()) for n in ("whole", "cut"))
+    assert whole == cut and len(whole) == 2 * 17 * 4
+    sampler.left = 0
+    assert scorer.main([*command, "cut.jsonl"]) == 0  # nothing left to sample
+    text = Path("cut.jsonl").read_text().replace('"correct": true', '"correct": false')
+    Path("cut.jsonl").write_text(text)
+    capsys.readouterr()
+    assert scorer.main(["--regrade", "cut.jsonl"]) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == table
+    summary = json.loads(Path("cut.summary.json").read_text())
+    assert summary["settings"]["max_new_tokens"] == 38912 and summary["settings"]["thinking"]
+    assert len(summary["figures"]) == 4
+
+def test_one_line_errors(fake, capsys):
+    sampler, command = fake
+    assert scorer.main([*command, "o.jsonl"]) == 0
+    Path("bare.jsonl").write_text("")
+    Path("other.jsonl").write_text('{"checkpoint": "base"}\n')
+    Path("nothing.jsonl").write_text('{"puzzle": "1"}\n')
+    for words, *extra in (
+            ("temperature 1.0", "o.jsonl", "--temperature", "0.5"),
+            ("rollouts 4", "o.jsonl", "--k", "3"), ("unknown settings", "bare.jsonl"),
+            ("cannot be 0", "x.jsonl", "--k", "0"), ("aime24", "x.jsonl", "--data", "aime99"),
+            ("no such", "x.jsonl", "--data", "gone.jsonl"),
+            ("no column", "x.jsonl", "--data", "nothing.jsonl"),
+            ("twice", "x.jsonl", "--data", "a.jsonl,a.jsonl"),
+            ("adapter_config.json", "x.jsonl", "--adapter", "gone"),
+            ("--lr is", "x.jsonl", "--lr", "1"), ("--model m", "x.jsonl", "--model", "n"),
+            ("no such", "x.jsonl", "--regrade", "gone.jsonl"),
+            ("lacks", "x.jsonl", "--regrade", "other.jsonl"),
+            ("metrics.jsonl", "x.jsonl", "--plot", "run")):
+        capsys.readouterr()
+        assert scorer.main([*command, *extra]) == 2, extra
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+
+def test_plot(fake, capsys, monkeypatch):
+    for s in range(1, 9):
+        ogls_sd.append_log(Path("run/metrics.jsonl"), {
+            "step": s, "reward": s / 9, "kl": None if s == 2 else 0.1, "length": 9, "markers": s})
+    assert scorer.main(["--plot", "run", "--output", "s.jsonl"]) == 0
+    assert Path("s.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert scorer.main(["--plot", "run"]) == 2 and "pip install" in capsys.readouterr().err
+
+def arguments(**given):
+    return argparse.Namespace(**{"data": None, "adapter": [], "output": None, **given})
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder as a toy run leaves it; its model is warmed up for a few steps only."""
+    folder = tmp_path_factory.mktemp("runs")
+    ogls_sd.make_toy(folder / "toy", 0, steps=60)
+    flags = ["--sampler=hf", f"--output-dir={folder}", "--kl=reverse", "--clip=.01", "--strength=2"]
+    run = ogls_sd.Trainer(ogls_sd.prepare_toy(ogls_sd.parse_args(["--toy", *flags])))
+    run.cfg = ogls_sd.replace(run.cfg, method="inspect")
+    return folder, run
+
+def test_what_is_shown_is_what_training_does(toy, monkeypatch):
+    """Against eqs. (10)-(15) written out on logits, for the first wrong rollout."""
+    run, x, seen, real = toy[1], toy[1].problems[0], [], scorer.describe
+    texts = [ogls_sd.toy_text(random.Random(0), ["iron"], [n]) for n in (26, 1, 2)]
+    ids = [run.tokenizer(text)["input_ids"] + run.eos[:1] for text in texts]
+    group = ogls_sd.Group(x, ogls_sd.student_prompt(run.tokenizer, x.problem), [
+        ogls_sd.Rollout(y, [0.0] * len(y), True, t, t == texts[0]) for y, t in zip(ids, texts)])
+    monkeypatch.setattr(scorer, "describe", lambda *a: seen.append((a[1], real(*a))) or seen[-1][1])
+    monkeypatch.setitem(ogls_sd.METHODS, "inspect", ("all", ogls_sd.METHODS["ogls"][1]))
+    monkeypatch.setitem(ogls_sd.TARGETS, "inspect", ogls_sd.TARGETS["ogls"])
+    page, y = scorer.show_group(run, group), ids[1]
+    assert page.index("Rollout 2 is wrong") < page.index("Rollout 1 is right")
+    prompts = [group.prompt, *(ogls_sd.teacher_prompt(run.tokenizer, x.problem, g)
+                               for g in (texts[0], x.solution, *texts[1:]))]
+    with torch.no_grad():
+        z = [run.model(torch.tensor([p + y])).logits[0, len(p) - 1 : -1] for p in prompts]
+    target = z[0] + 2 * ((z[1] + z[2]) / 2 - (z[3] + z[4]) / 2)
+    p, q = ((logits / run.cfg.temperature).softmax(-1) for logits in (z[0], target))
+    terms = p * (p / q).log()  # reverse
+    for t, (token, (move, divergence, cut, note)) in enumerate(seen[: len(y)]):
+        assert token == y[t] and cut == bool(terms[t].abs().max() > 0.01)
+        assert move == pytest.approx((q - p)[t, token].item(), abs=1e-4)
+        assert divergence == pytest.approx(terms[t].sum().item(), abs=1e-4)
+        assert f"student {p[t, token]:.1%}, anchor" in note
+
+def test_page_obeys_no_text(toy, capsys):
+    rows = (toy[0] / "toy" / "train.jsonl").read_text().split("\n")[:8]
+    bad = '"solution": ' + json.dumps('</pre><script src="http://x">\x1b[31m\x00\u202e')[:-1]
+    (toy[0] / "few.jsonl").write_text("\n".join(rows).replace('"solution": "', bad))
+    scorer.inspect_run(arguments(inspect=2, model=str(toy[0] / "toy"), adapter=[toy[0] / "last"],
+                                 data=str(toy[0] / "few.jsonl"), output=toy[0] / "page"))
+    page, told = (toy[0] / "page.html").read_text(), capsys.readouterr().out
+    assert not re.search("[\x00\x1b\u202e]|<script|<img|<link|url\\(", page + told)
+    assert "&lt;script" in page and "reverse KL" in page and page.count("<h2>") == 2
+
+def test_table_goes_on_where_it_was_killed(toy, monkeypatch):
+    monkeypatch.setattr(ogls_sd, "score", lambda run, problems, adapter: 50.0 if adapter else 20.0)
+    monkeypatch.setitem(ogls_sd.TOY, "questions", 2)
+    tables = []
+    for _ in range(2):
+        scorer.toy_table(arguments(output_dir=str(toy[0]), seeds=2, steps=2))
+        tables.append(json.loads((toy[0] / "table.json").read_text())["mean_sd"])
+        (toy[0] / "ogls_1" / "result_2.json").unlink()  # as if killed before its end
+    assert tables[0] == tables[1] and list(tables[0]) == list(scorer.COLOURS)
+    assert tables[0]["base"]["mean@8"] == [20, 0] and tables[0]["ogls"]["mean@8"] == [50, 0]
+
+def test_premise(tmp_path, toy):
+    with pytest.raises(ogls_sd.UserError, match="single token"):
+        scorer.premise(arguments(model=str(toy[0] / "toy")))
+    vocab = {c: i for i, c in enumerate(["<|im_end|>", *map(chr, range(10, 127))])}
+    letters = Tokenizer(models.BPE(vocab, []))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
+    tokenizer.chat_template = ogls_sd.CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, eos_token_id=0,
+        initializer_range=0.3)).save_pretrained(tmp_path)
+    found, p = scorer.premise(arguments(model=str(tmp_path))), []
+    model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for hint in ("", *(f"The target integer is {x}. " for x in range(10))):
+        text = hint + "Generate one integer from 0 to 9. Return only the integer."
+        z = model(torch.tensor([ogls_sd.user_turn(tokenizer, False, text)])).logits[0, -1].float()
+        p.append(z[[vocab[c] for c in "0123456789"]].exp())
+    tv = [(q / q.sum() - p[0] / p[0].sum()).abs().sum().item() / 2 for q in p[1:]]
+    assert found["best single"] == pytest.approx(min(tv), abs=1e-4)
 
 # ---- Benchmark: python test_ogls_sd.py bench [--model M] [--device cuda] -------------------------
 
