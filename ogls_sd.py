@@ -580,21 +580,23 @@ class VLLMSampler:
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
-        with explained("the vLLM engine has died: {reason}; go on with --resume"):
+        engine, adapter_id = self.llm.llm_engine, self.calls + 1
+        # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
+        lora = LoRARequest(f"step{adapter_id}", adapter_id, str(adapter)) if adapter else None
+        params = [SamplingParams(
+            n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
+            top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos, logprobs=0,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for seed in seeds]
+        with explained("the vLLM engine has died: {reason}; go on, in training with --resume"):
             if self.sleep and self.calls:
                 self.llm.wake_up()
-            self.calls += 1  # weights are cached by id, prefixes by name: fresh ones at every call
-            lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
-            engine = self.llm.llm_engine
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-                params = SamplingParams(
-                    n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                    top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos, logprobs=0,
-                    detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-                engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
+            self.calls = adapter_id
+            for i, prompt in enumerate(prompts):
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, params[i],
+                                   lora_request=lora)
             while engine.has_unfinished_requests():
-                while engine.engine_core.outputs_queue.empty():  # step waits for ever for a killed one
-                    refuse(engine.engine_core.resources.engine_dead, "it was killed")
+                while engine.engine_core.outputs_queue.empty():  # step() never returns from a
+                    refuse(engine.engine_core.resources.engine_dead, "it was killed")  # dead one
                     time.sleep(0.001)
                 for done in engine.step():
                     yield int(done.request_id), [
@@ -1205,7 +1207,7 @@ def memory_estimate(cfg: Config, model: nn.Module) -> str:
     total = sum(parts.values()) / 1e9
     return f"memory: up to about {total:.1f} GB ({text}); free now: {free / 1e9:.0f} GB"
 
-# ==== 8. Toy: atomic numbers, of most of which a tiny Qwen3 is only half sure ======================
+# ==== 8. Toy: atomic numbers, of most of which a tiny Qwen3 is only half sure =====================
 
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
 # 0.05 it stops all learning from a teacher this sure of itself.
@@ -1346,7 +1348,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would tell an error a second time
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # or an error is told twice
     try:
         cfg = parse_args(argv)
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,9 @@ one sequence at a time.
 """
 
 import argparse
-import contextlib
 import functools
-import json
 import itertools
+import json
 import math
 import os
 import random
@@ -30,14 +29,12 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
 
 import eval as scorer
 import ogls_sd
 from ogls_sd import Config, Example, Group, Problem, Rollout, Trainer
 
 # ---- The naive reference: eqs. (10)-(16) on logits -----------------------------------------------
-
 def naive_logits(model, prompt, response):  # (T, V): z(. | prompt, y_<t) for t = 1..T
     logits = model(torch.tensor([prompt + response])).logits[0]
     return logits[len(prompt) - 1 : len(prompt) + len(response) - 1]
@@ -56,7 +53,6 @@ def naive_kl(student, target, kl, clip, temperature):  # (T, V) x 2 -> (T,)
     return (torch.clamp(terms, -clip, clip) if clip else terms).sum(-1)  # eq. (15)
 
 # ---- Small real models ---------------------------------------------------------------------------
-
 def tiny_model(folder, seed=0, **changes):
     """A random Qwen3 with the toy's tokenizer, in an ordinary model folder."""
     torch.manual_seed(seed)
@@ -116,7 +112,6 @@ TEXTS = ("hydrogen has 1. \\boxed{(1, 2, 3)}", "helium is number 2", "carbon has
 RIGHT = (True, False, False, True, False)
 
 # ---- Steering, eqs. (6)-(14) ---------------------------------------------------------------------
-
 @pytest.mark.parametrize("method, exclude_self, tied", [
     ("ogls", False, False), ("ogls", True, True), ("opsd", False, True), ("pos-mean", False, False),
     ("pos-only", False, False)])
@@ -141,15 +136,6 @@ def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, method, 
         ours = torch.nn.functional.linear(example.target, *run.head)
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
         assert example.tokens == group.rollouts[j].tokens[:8]
-
-def test_opsd_is_ogls_machinery_with_the_reference_alone(trainer):
-    """With s the only guide and z0 taken away, steering at strength 1 leaves the reference."""
-    opsd, ogls = trainer(method="opsd"), trainer(method="pos-only")
-    texts, right = TEXTS[1:3], (False, False)
-    ours, _ = opsd.examples(make_group(opsd, texts, right), 9.0)
-    same, _ = ogls.examples(make_group(ogls, texts, right), 1.0)
-    for a, b in zip(ours, same, strict=True):
-        torch.testing.assert_close(a.target, b.target, rtol=1e-5, atol=1e-5)
 
 def test_a_biased_head_passes_through_steering_exactly():
     torch.manual_seed(0)
@@ -180,16 +166,6 @@ def test_guided_hidden_equals_full_forwards_in_any_order_and_batch(trainer):
                     torch.testing.assert_close(row[: len(response)], mine, rtol=1e-4, atol=1e-5)
     assert run.model.training
 
-def test_other_architectures_take_the_explicit_mask(tmp_path):
-    """Llama has no layer_types: there Transformers builds the mask, with the same result."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
-    (hidden,) = ogls_sd.guided_hidden(model, [[1, 2, 3]], [[4, 5, 6, 7], [8]])
-    full = model.base_model(torch.tensor([[1, 2, 3, 4, 5, 6, 7]])).last_hidden_state[0, 2:6]
-    torch.testing.assert_close(hidden[0], full, rtol=1e-4, atol=1e-5)
-
 def test_pools_and_the_reasons_to_skip(trainer):
     run = trainer()
     why = lambda cfg, *args, **kw: ogls_sd.make_pools(make_group(run, *args, **kw), cfg)[2]
@@ -216,7 +192,6 @@ def test_long_guides_keep_their_end(trainer):
     assert text.endswith(end) and run.guide_prompt(problem, text) == prompt
 
 # ---- Divergence and gradient, eqs. (15)-(16) -----------------------------------------------------
-
 def test_divergence_by_hand():
     student = torch.log(torch.tensor([[0.9, 0.1]]))
     target = torch.log(torch.tensor([[0.5, 0.5]]))
@@ -242,9 +217,13 @@ def test_no_gradient_reaches_the_target():  # it is sg[pi_T]
 def gradients(run):
     return [tensor.grad.clone() for tensor in run.trained]
 
-@pytest.mark.parametrize("kl, clip", [("forward", 0.0), ("reverse", 0.0), ("forward", 0.02)])
-def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch, kl, clip):
-    run = trainer(kl=kl, clip=clip, head_chunk=3, micro_tokens=40, max_grad_norm=1e9)
+@pytest.mark.parametrize("kl, clip, micro_tokens, head_chunk", [
+    ("forward", 0.0, 40, 3), ("reverse", 0.0, 1, 1), ("forward", 0.02, 70, 10**6),
+    ("reverse", 0.02, 10**6, 5)])
+def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch, kl, clip,
+                                                           micro_tokens, head_chunk):
+    run = trainer(kl=kl, clip=clip, head_chunk=head_chunk, micro_tokens=micro_tokens,
+                  max_grad_norm=1e9)
     perturb(run)
     group = make_group(run, TEXTS, RIGHT)
     examples, _ = run.examples(group, 1.5)
@@ -262,27 +241,6 @@ def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch,
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for mine, theirs in zip(gradients(run), naive, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
-
-def test_batching_chunking_and_order_change_nothing(trainer, monkeypatch):
-    run = trainer(max_grad_norm=1e9)
-    perturb(run)
-    examples, _ = run.examples(make_group(run, TEXTS, RIGHT), 1.5)
-    monkeypatch.setattr(run.optimizer, "step", lambda: None)
-    results = []
-    for order, settings in (
-        (examples, {"micro_tokens": 1, "head_chunk": 1}),
-        (examples[::-1], {"micro_tokens": 10**6, "head_chunk": 10**6}),
-        (examples, {"micro_tokens": 70, "head_chunk": 5}),
-    ):
-        run.cfg = replace(run.cfg, **settings)
-        monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
-        for tensor in run.trained:
-            tensor.grad = None
-        results.append((run.update(order), gradients(run)))
-    for metrics, grads in results[1:]:
-        assert metrics == pytest.approx(results[0][0], rel=1e-4)
-        for a, b in zip(grads, results[0][1]):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
     run = trainer(distill_tokens=50)
@@ -336,7 +294,6 @@ def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(tra
     assert both["loss"] - both["kl"] == pytest.approx(float(alone), rel=1e-3, abs=1e-6)
 
 # ---- Prompts and data ----------------------------------------------------------------------------
-
 def test_prompts_token_by_token(world):
     tokenizer = transformers.AutoTokenizer.from_pretrained(world[0])
     text = tokenizer.decode(ogls_sd.student_prompt(tokenizer, "carbon and neon?"))
@@ -376,16 +333,7 @@ def test_problem_files(tmp_path, world):
     ogls_sd.datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     assert ogls_sd.load_problems(str(tmp_path / "rows.parquet"))[0] == found
 
-def test_every_setting_is_a_flag_with_a_meaning(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        ogls_sd.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--distill-tokens" in text and "lambda of eq. (13)" in text and "default: 5e-06" in text
-    cfg = ogls_sd.parse_args(["--toy", "--lr", "0.5"])
-    assert cfg == Config(**ogls_sd.TOY | {"toy": True, "lr": 0.5})
-
-# ---- Checker: cases by convention, hostile text, a property ---------------------------------------
-
+# ---- Checker: cases by convention, hostile text, a property --------------------------------------
 EQUAL = r"""
 1,296 ~ 1296            ~ 27.0 ~ 27                 ~ 033 ~ 33
 5 \text{ cm}^2 ~ 5      ~ \$18.90 ~ 18.9            ~ 24 square inches ~ 24
@@ -438,7 +386,8 @@ def test_different(a, b):
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile(text):
     start = time.perf_counter()
-    assert not ogls_sd.grade(rf"\boxed{{{text}}}", "42") and not ogls_sd.same_answer(text, r"\sqrt2 x")
+    assert not ogls_sd.grade(rf"\boxed{{{text}}}", "42")
+    assert not ogls_sd.same_answer(text, r"\sqrt2 x")
     assert time.perf_counter() - start < 1
 
 @pytest.mark.parametrize("answer", [side for pair in cases(EQUAL + DIFFERENT) for side in pair])
@@ -449,14 +398,14 @@ def test_same_when_written_another_way(answer):
         assert ogls_sd.same_answer(answer, other)
 
 def test_extraction_and_threads():
-    assert ogls_sd.extract_boxed(r"\boxed{1} \boxed{\frac{a}{b_{c}}} \boxed{2") == r"\frac{a}{b_{c}}"
-    assert [ogls_sd.extract_boxed(t) for t in ("5", r"\boxed{}", r"\boxed{5")] == [None] * 3
+    extract = ogls_sd.extract_boxed
+    assert extract(r"\boxed{1} \boxed{\frac{a}{b_{c}}} \boxed{2") == r"\frac{a}{b_{c}}"
+    assert [extract(t) for t in ("5", r"\boxed{}", r"\boxed{5")] == [None] * 3
     assert ogls_sd.grade(r"so $\boxed{\boxed{5}}$", "5") and not ogls_sd.grade("5", "5")
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda pair: ogls_sd.same_answer(*pair), cases(EQUAL) * 4))
 
 # ---- LoRA ----------------------------------------------------------------------------------------
-
 def test_base_weights_never_change_and_the_teacher_is_the_base(trainer, world):
     run = trainer(steps=2)
     base = transformers.AutoModelForCausalLM.from_pretrained(world[0])
@@ -495,7 +444,6 @@ def test_a_bf16_model_trains_its_adapter_in_float32(trainer):
     assert not all(torch.equal(a, b) for a, b in zip(before, run.trained))  # no step is lost
 
 # ---- Sampling ------------------------------------------------------------------------------------
-
 def check_rollouts(run, sampler, adapter, tolerance):
     """Ids, ends and log probabilities against plain forwards of the trainer's model."""
     prompts = [[5, 6, 7], list(range(4, 24)), [9, 10]]
@@ -554,19 +502,20 @@ def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
     for stop, correct in (([], False), ([eos], True)):
         made = [ogls_sd.make_rollout(run.tokenizer, run.eos, tokens + stop, [-1.0] * 99)]
         monkeypatch.setattr(run.sampler, "sample", lambda *args: iter([(0, made)]))
-        (group,) = ogls_sd.sample_groups(run.sampler, run.tokenizer, run.problems[:1], run.cfg, 1, None)
+        (group,) = ogls_sd.sample_groups(run.sampler, run.tokenizer, run.problems[:1], run.cfg, 1,
+                                         None)
         assert group.rollouts[0].correct is correct
 
 def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):
     """Runs in a process of its own, as vLLM asks for a main guard."""
     if not ogls_sd.use_vllm(Config()):
         pytest.skip("vLLM is not installed here")
-    code = f"""
+    paths = dict(model=str(world[0]), data=world[1], output_dir=str(tmp_path))
+    (script := tmp_path / "engine.py").write_text(f"""
 import test_ogls_sd as t, ogls_sd
 if __name__ == "__main__":
-    settings = t.SMALL | dict(sampler="vllm", lora_rank=8, max_new_tokens=40)
-    run = ogls_sd.Trainer(ogls_sd.Config(model={str(world[0])!r}, data={world[1]!r},
-                                         output_dir={str(tmp_path)!r}, **settings))
+    settings = t.SMALL | {paths} | dict(sampler="vllm", lora_rank=8, max_new_tokens=40)
+    run = ogls_sd.Trainer(ogls_sd.Config(**settings))
     for seed in (1, 2):  # the second adapter must replace the first
         t.perturb(run, seed)
         run.save("last")
@@ -579,16 +528,13 @@ if __name__ == "__main__":
     assert len(gaps) == 2 and max(gaps) < 0.02, gaps
     run.sampler.close()
     print("engine agrees", gaps)
-"""
-    script = tmp_path / "engine.py"
-    script.write_text(code)
+""")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True,
                                         text=True, timeout=400)
     assert "engine agrees" in done.stdout, done.stderr[-3000:]
 
 # ---- The run -------------------------------------------------------------------------------------
-
 def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
     ramp = trainer(strength=3.0, ramp_steps=4, steps=5)
     ramp.train()
@@ -603,7 +549,7 @@ def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
 def test_no_example_no_step(trainer, monkeypatch):
     run = trainer(steps=1)
     monkeypatch.setattr(ogls_sd, "grade", lambda response, gold: True)
-    monkeypatch.setattr(ogls_sd, "make_rollout", lambda t, e, tokens, p: Rollout(tokens, p, True, "1"))
+    monkeypatch.setattr(ogls_sd, "make_rollout", lambda *a: Rollout(*a[2:], True, "1"))
     perturb(run)
     before = [tensor.clone() for tensor in run.trained]
     run.save("last")
@@ -635,21 +581,14 @@ def test_metrics_of_a_step_by_hand(trainer):
     assert found["sampled_tokens_per_s"] == sum(tokens) / 2
     assert found["guides_cut"] == sum(n > 6 for n in tokens)
 
-# ---- Nothing loses more than a step; nothing typed wrong ends in a traceback ----------------------
-
+# ---- Nothing loses more than a step; nothing typed wrong ends in a traceback ---------------------
 STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A random Qwen3 with the toy's tokenizer, its problems, and broken kinds of both."""
-    root = tmp_path_factory.mktemp("tiny")
-    tokenizer, rows = ogls_sd.toy_tokenizer(), ogls_sd.toy_problems(random.Random(0), 12)
-    transformers.set_seed(0)
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_attention_heads=2,
-        num_hidden_layers=2, num_key_value_heads=1, head_dim=16, eos_token_id=2)
-    ).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    """A random model, its problems, and broken kinds of both."""
+    root, rows = tmp_path_factory.mktemp("tiny"), ogls_sd.toy_problems(random.Random(0), 12)
+    tiny_model(root / "model", hidden_size=32, max_position_embeddings=32768)
     config = json.loads((root / "model/config.json").read_text())
     for name, change in {"capped": {"final_logit_softcapping": 30.0}, "pickled": {}, "mute": {},
                          "alien": {"model_type": "bert"}, "broken": {}}.items():
@@ -744,10 +683,6 @@ def test_bad_input_is_told_in_one_line(row, tiny, unbroken, tmp_path, capfd, mon
     assert named in one_line(capfd.readouterr().err)
     assert tree(unbroken, tiny) == before and not tree(tmp_path)
 
-def test_bad_input_to_the_script(tiny, tmp_path):
-    process = start(tiny, tmp_path, "--data", f"{tiny}/cut.jsonl")
-    assert "cut.jsonl" in one_line(process.communicate()[1]) and process.returncode == 2
-
 @pytest.mark.parametrize("files, damaged", [
     ("last/adapter_model*", lambda data: data[:1000]), ("last/manifest*", None), ("last/*", None),
     ("last/adapter_model*", lambda data: data[:-1] + bytes([data[-1] ^ 1])),  # one bit
@@ -804,8 +739,7 @@ def test_terminal_control_codes(tiny, tmp_path, monkeypatch, capfd):
     assert "title" in out and out.isprintable()
     assert [sample["response"] for sample in logged(tmp_path, "samples.jsonl")] == [evil] * 2
 
-# ---- eval.py: figures by hand, a killed evaluation ------------------------------------------------
-
+# ---- eval.py: figures by hand, a killed evaluation -----------------------------------------------
 def response(question, sample, answer, correct, checkpoint="base", finish="stop", text="wait",
              length=10):
     values = (checkpoint, "s", question, sample, text, length, finish, answer, "1", correct)
@@ -849,18 +783,6 @@ def test_paired_difference():
     gap = scorer.paired_difference(pd.Series([30.0] * 5))
     assert (gap["95% low"], gap["95% high"], gap["verdict"]) == (30, 30, "differs")
     assert scorer.paired_difference(pd.Series([30.0]))["verdict"] == "within noise"
-    many = pd.Series([100.0] * 30 + [0.0] * 70)  # close to 30 +- 1.96 sqrt(0.3 * 0.7 / 100)
-    gap = scorer.paired_difference(many)
-    assert gap == scorer.paired_difference(many)
-    assert (gap["95% low"], gap["95% high"]) == pytest.approx((21, 39), abs=1.01)
-
-def test_difference_is_paired_by_question():
-    rows = [response(q, 0, "1", q == 0) for q in (0, 1, 2)]
-    rows += [response(q, 0, "1", True, "runs/a/step_000001") for q in (2, 1)]  # 0 is not done yet
-    base, mine = scorer.score(rows).to_dict("records")
-    assert base["checkpoint"] == "base" and mine["questions"] == 2
-    assert (mine["vs base"], mine["95% low"], mine["95% high"]) == (100, 100, 100)
-    assert mine["verdict"] == "differs"
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
@@ -938,15 +860,6 @@ def test_one_line_errors(fake, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
 
-def test_plot(fake, capsys, monkeypatch):
-    for s in range(1, 9):
-        ogls_sd.append_log(Path("run/metrics.jsonl"), {
-            "step": s, "reward": s / 9, "kl": None if s == 2 else 0.1, "length": 9, "markers": s})
-    assert scorer.main(["--plot", "run", "--output", "s.jsonl"]) == 0
-    assert Path("s.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    assert scorer.main(["--plot", "run"]) == 2 and "pip install" in capsys.readouterr().err
-
 def arguments(**given):
     return argparse.Namespace(**{"data": None, "adapter": [], "output": None, **given})
 
@@ -1006,29 +919,11 @@ def test_table_goes_on_where_it_was_killed(toy, monkeypatch):
     assert tables[0] == tables[1] and list(tables[0]) == list(scorer.COLOURS)
     assert tables[0]["base"]["mean@8"] == [20, 0] and tables[0]["ogls"]["mean@8"] == [50, 0]
 
-def test_premise(tmp_path, toy):
+def test_premise_needs_digits(toy):
     with pytest.raises(ogls_sd.UserError, match="single token"):
         scorer.premise(arguments(model=str(toy[0] / "toy")))
-    vocab = {c: i for i, c in enumerate(["<|im_end|>", *map(chr, range(10, 127))])}
-    letters = Tokenizer(models.BPE(vocab, []))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
-    tokenizer.chat_template = ogls_sd.CHAT_TEMPLATE
-    tokenizer.save_pretrained(tmp_path)
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, eos_token_id=0,
-        initializer_range=0.3)).save_pretrained(tmp_path)
-    found, p = scorer.premise(arguments(model=str(tmp_path))), []
-    model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for hint in ("", *(f"The target integer is {x}. " for x in range(10))):
-        text = hint + "Generate one integer from 0 to 9. Return only the integer."
-        z = model(torch.tensor([ogls_sd.user_turn(tokenizer, False, text)])).logits[0, -1].float()
-        p.append(z[[vocab[c] for c in "0123456789"]].exp())
-    tv = [(q / q.sum() - p[0] / p[0].sum()).abs().sum().item() / 2 for q in p[1:]]
-    assert found["best single"] == pytest.approx(min(tv), abs=1e-4)
 
 # ---- Benchmark: python test_ogls_sd.py bench [--model M] [--device cuda] -------------------------
-
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
     """Bytes of the tensors made inside and alive at once, at their highest (CPU)."""
 
@@ -1051,6 +946,16 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
     def free(self, key, size):
         self.known.discard(key)
         self.now -= size
+
+def peak_memory(way, device):
+    if device != "cuda":
+        with PeakMemory() as memory:
+            way()
+        return memory.peak
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    way()
+    return torch.cuda.max_memory_allocated() - before
 
 def bench_naive(model, anchor, positive, negative, responses, batched):
     """Eqs. (10)-(13) on logits at the T response positions, one response or all at a time."""
@@ -1077,7 +982,7 @@ def bench_ours(model, anchor, positive, negative, responses):
 
 def measure(title, ways, repeats, device):
     """Prints median and range of the seconds of each way, taken in turn, and its peak memory."""
-    seconds, peaks = {name: [] for name in ways}, {}
+    seconds = {name: [] for name in ways}
     for _ in range(repeats + 1):  # the first round warms up
         for name, way in ways.items():
             began = time.perf_counter()
@@ -1085,13 +990,7 @@ def measure(title, ways, repeats, device):
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
-    for name, way in ways.items():
-        with contextlib.nullcontext() if device == "cuda" else PeakMemory() as memory:
-            before = torch.cuda.memory_allocated() if device == "cuda" else 0
-            way()
-        peaks[name] = memory.peak if memory else torch.cuda.max_memory_allocated() - before
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    peaks = {name: peak_memory(way, device) for name, way in ways.items()}
     print(f"\n{title}")
     slowest = max(statistics.median(s[1:]) for s in seconds.values())
     for name, (_, *taken) in seconds.items():
@@ -1127,9 +1026,9 @@ def bench():
             ways |= {"naive, one by one": lambda: bench_naive(*work, False),
                      "naive, batched": lambda: bench_naive(*work, True)}
         least = 64 + (G + 1) * P + (G + 2) * W * T  # each prompt and each response once a pass
-        measure(f"targets of a question, G {G}, W {W}, T {T}, prompts of {P}: at least {least:,} tokens "
-                f"must be read, naive reads {W * (64 + T) + (G + 1) * W * (P + T):,}", ways,
-                args.repeats, args.device)
+        naive = W * (64 + T) + (G + 1) * W * (P + T)
+        measure(f"targets of a question, G {G}, W {W}, T {T}, prompts of {P}: {least:,} tokens must "
+                f"be read, naive reads {naive:,}", ways, args.repeats, args.device)
     head, N = ogls_sd.float_head(model), W * T
     hidden, target = torch.randn(2, N, model.config.hidden_size, device=args.device)
     tokens, weights = torch.zeros(2, N, device=args.device)
