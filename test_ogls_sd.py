@@ -1,10 +1,7 @@
-"""Tests: the code against something that is not itself.  `pytest -q test_ogls_sd.py` runs them all;
-`python test_ogls_sd.py bench` measures the teacher's targets and the loss against the naive way.
-
-The naive reference below is written straight from the equations of arXiv:2605.12400v1, on logits,
-one sequence at a time.
+"""Tests: the code against something that is not itself.  `python test_ogls_sd.py bench` measures the
+teacher's targets and the loss against the naive way.  The naive reference is written straight from
+the equations of arXiv:2605.12400v1, on logits, one sequence at a time.
 """
-
 import argparse
 import functools
 import itertools
@@ -25,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
 import pandas as pd
 import pytest
 import torch
@@ -46,8 +44,7 @@ def naive_means(run, problem, response, pools):  # (T, V) each: z0, eq. (12), an
         yield sum(naive_logits(run.model, prompt, response) for prompt in prompts) / len(pool)
 
 def naive_kl(student, target, kl, clip, temperature):  # (T, V) x 2 -> (T,)
-    p = torch.softmax(student / temperature, -1)
-    q = torch.softmax(target / temperature, -1)
+    p, q = ((logits / temperature).softmax(-1) for logits in (student, target))
     a, b = (p, q) if kl == "reverse" else (q, p)
     terms = a * torch.log(a / b)
     return (torch.clamp(terms, -clip, clip) if clip else terms).sum(-1)  # eq. (15)
@@ -77,8 +74,7 @@ SMALL = dict(dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tok
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A model folder, a problem file, and the rows in it."""
-    root = tmp_path_factory.mktemp("world")
-    rows = ogls_sd.toy_problems(random.Random(0), 12)
+    root, rows = tmp_path_factory.mktemp("world"), ogls_sd.toy_problems(random.Random(0), 12)
     return tiny_model(root / "model"), write_rows(root / "train.jsonl", rows), rows
 
 @pytest.fixture
@@ -88,7 +84,6 @@ def trainer(world, tmp_path):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         return Trainer(Config(output_dir=str(out), **settings))
-
     return build
 
 def perturb(run, seed=1):
@@ -209,13 +204,18 @@ def test_divergence_by_hand():
     assert value("forward", 0, 2.0) == pytest.approx(hot)
 
 def test_no_gradient_reaches_the_target():  # it is sg[pi_T]
-    student, target = torch.randn(2, 7, 13, requires_grad=True).unbind()
-    leaf = target.detach().requires_grad_()
-    loss = ogls_sd.token_divergence(student, leaf).sum()
-    assert torch.autograd.grad(loss, leaf, allow_unused=True) == (None,)
+    student, target = (torch.randn(7, 13, requires_grad=True) for _ in range(2))
+    loss = ogls_sd.token_divergence(student, target).sum()
+    assert torch.autograd.grad(loss, target, allow_unused=True) == (None,)
 
-def gradients(run):
-    return [tensor.grad.clone() for tensor in run.trained]
+def check_update(run, monkeypatch, examples, loss):
+    """A step's loss and gradients against those of `loss`, built naively with autograd."""
+    naive = torch.autograd.grad(loss, run.trained)
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
+    assert run.update(examples)["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    for tensor, theirs in zip(run.trained, naive, strict=True):
+        torch.testing.assert_close(tensor.grad, theirs, rtol=1e-3, atol=1e-6)
 
 @pytest.mark.parametrize("kl, clip, micro_tokens, head_chunk", [
     ("forward", 0.0, 40, 3), ("reverse", 0.0, 1, 1), ("forward", 0.02, 70, 10**6),
@@ -233,14 +233,8 @@ def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch,
             target = torch.nn.functional.linear(example.target, *run.head)
         student = naive_logits(run.model, example.prompt, example.tokens)
         loss = loss + naive_kl(student, target, kl, clip, 1.1).sum()
-    loss = loss / sum(len(e.tokens) for e in examples)  # one denominator over the step
-    naive = torch.autograd.grad(loss, run.trained)
-    monkeypatch.setattr(run.optimizer, "step", lambda: None)
-    monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
-    metrics = run.update(examples)
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    for mine, theirs in zip(gradients(run), naive, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    count = sum(len(e.tokens) for e in examples)  # one denominator over the step
+    check_update(run, monkeypatch, examples, loss / count)
 
 def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
     run = trainer(distill_tokens=50)
@@ -266,12 +260,7 @@ def test_grpo_gradient_by_hand(trainer, monkeypatch):
         logits = naive_logits(run.model, group.prompt, rollout.tokens) / run.cfg.temperature
         chosen = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens]
         loss = loss - advantage * chosen.sum() / count
-    naive = torch.autograd.grad(loss, run.trained)
-    monkeypatch.setattr(run.optimizer, "step", lambda: None)
-    monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
-    assert run.update(examples)["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
-    for mine, theirs in zip(gradients(run), naive):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    check_update(run, monkeypatch, examples, loss)
 
 def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(trainer):
     sft = trainer(method="sft")
@@ -324,8 +313,7 @@ def test_problem_files(tmp_path, world):
     rows = [
         {"question": "a?", "answer": 27.0, "solution": None},
         {"question": "b?", "answer": None, "solution": "so \\boxed{\\frac{1}{2}} it is"},
-        {"question": "c?", "answer": None, "solution": "no box"},
-    ]
+        {"question": "c?", "answer": None, "solution": "no box"}]
     found, dropped = ogls_sd.load_problems(write_rows(tmp_path / "rows.jsonl", rows))
     assert dropped == 1
     assert found == [Problem("a?", "27.0", None),
