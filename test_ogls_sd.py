@@ -519,7 +519,7 @@ if __name__ == "__main__":
 """)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True,
-                                        text=True, timeout=400)
+                          text=True, timeout=400)
     assert "engine agrees" in done.stdout, done.stderr[-3000:]
 
 # ---- The run -------------------------------------------------------------------------------------
