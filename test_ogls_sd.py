@@ -1,8 +1,8 @@
-"""Tests: the code against something that is not itself.  `python test_ogls_sd.py bench` measures the
-teacher's targets and the loss against the naive way.  The naive reference is written straight from
-the equations of arXiv:2605.12400v1, on logits, one sequence at a time.
-"""
+"""Tests: the code against something that is not itself, first of all the equations of
+arXiv:2605.12400v1 written out naively, on logits, one sequence at a time.  `python test_ogls_sd.py
+bench` measures the teacher's targets and the loss against the naive way."""
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -30,7 +30,7 @@ import transformers
 
 import eval as scorer
 import ogls_sd
-from ogls_sd import Config, Example, Group, Problem, Rollout, Trainer
+from ogls_sd import Config, Group, Rollout, Trainer
 
 # ---- The naive reference: eqs. (10)-(16) on logits -----------------------------------------------
 def naive_logits(model, prompt, response):  # (T, V): z(. | prompt, y_<t) for t = 1..T
@@ -50,8 +50,7 @@ def naive_kl(student, target, kl, clip, temperature):  # (T, V) x 2 -> (T,)
     return (torch.clamp(terms, -clip, clip) if clip else terms).sum(-1)  # eq. (15)
 
 # ---- Small real models ---------------------------------------------------------------------------
-def tiny_model(folder, seed=0, **changes):
-    """A random Qwen3 with the toy's tokenizer, in an ordinary model folder."""
+def tiny_model(folder, seed=0, **changes):  # a random Qwen3 with the toy's tokenizer
     torch.manual_seed(seed)
     tokenizer = ogls_sd.toy_tokenizer()
     config = dict(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, head_dim=32,
@@ -72,10 +71,9 @@ SMALL = dict(dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tok
              lora_rank=4, lora_alpha=8, lr=1e-2, steps=2)
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A model folder, a problem file, and the rows in it."""
+def world(tmp_path_factory):  # a model folder and a problem file
     root, rows = tmp_path_factory.mktemp("world"), ogls_sd.toy_problems(random.Random(0), 12)
-    return tiny_model(root / "model"), write_rows(root / "train.jsonl", rows), rows
+    return tiny_model(root / "model"), write_rows(root / "train.jsonl", rows)
 
 @pytest.fixture
 def trainer(world, tmp_path):
@@ -86,8 +84,7 @@ def trainer(world, tmp_path):
         return Trainer(Config(output_dir=str(out), **settings))
     return build
 
-def perturb(run, seed=1):
-    """An adapter that does something, so that student and teacher differ."""
+def perturb(run, seed=1):  # an adapter that does something: student and teacher differ
     torch.manual_seed(seed)
     for tensor in run.trained:
         tensor.data.normal_(0, 0.2)
@@ -147,18 +144,16 @@ def test_guided_hidden_equals_full_forwards_in_any_order_and_batch(trainer):
     assert run.model.is_gradient_checkpointing
     guides = [[5, 6, 7], list(range(4, 40)), [9]]
     responses = [[11], [12, 13, 14, 15, 16, 17], [20, 21, 22], [30] * 9]
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        for budget in (1, 60, 10_000):
-            chosen = [responses[i] for i in order]
-            states = ogls_sd.guided_hidden(run.model, guides, chosen, budget)
-            for guide, hidden in zip(guides, states, strict=True):
-                assert hidden.shape[:2] == (4, 9) and not hidden.requires_grad
-                for row, response in zip(hidden, chosen):
-                    ids = torch.tensor([guide + response])
-                    with torch.no_grad(), ogls_sd.adapter_off(run.model):
-                        full = run.model.base_model(ids).last_hidden_state[0]
-                    mine = full[len(guide) - 1 : len(guide) + len(response) - 1]
-                    torch.testing.assert_close(row[: len(response)], mine, rtol=1e-4, atol=1e-5)
+    for order, budget in itertools.product(([0, 1, 2, 3], [3, 1, 0, 2]), (1, 60, 10_000)):
+        chosen = [responses[i] for i in order]
+        states = ogls_sd.guided_hidden(run.model, guides, chosen, budget)
+        for guide, hidden in zip(guides, states, strict=True):
+            assert hidden.shape[:2] == (4, 9) and not hidden.requires_grad
+            for row, response in zip(hidden, chosen):
+                with torch.no_grad(), ogls_sd.adapter_off(run.model):
+                    full = run.model.base_model(torch.tensor([guide + response]))
+                mine = full.last_hidden_state[0, len(guide) - 1 : -1]
+                torch.testing.assert_close(row[: len(response)], mine, rtol=1e-4, atol=1e-5)
     assert run.model.training
 
 def test_pools_and_the_reasons_to_skip(trainer):
@@ -173,6 +168,7 @@ def test_pools_and_the_reasons_to_skip(trainer):
     assert why(replace(base, method="opsd"), TEXTS[:2], (True, True)) is None
     assert why(replace(base, method="grpo"), TEXTS[:2], (True, True)) == "all_right"
     assert why(replace(base, method="grpo"), TEXTS[:2], (False, False)) == "no_positive"
+    assert why(replace(base, method="sft"), TEXTS, RIGHT, solution=False) == "no_positive"
     pools, rows, _ = ogls_sd.make_pools(make_group(run, TEXTS, RIGHT), base)
     assert rows == [1, 2, 4]
     assert [author for author, _ in pools["negative"]] == [1, 2, 4]  # y_j in its own pool
@@ -248,8 +244,7 @@ def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
     mine = full.last_hidden_state[0, start : start + len(examples[1].tokens)]
     torch.testing.assert_close(hidden[len(examples[0].tokens) :], mine, rtol=1e-4, atol=1e-5)
 
-def test_grpo_gradient_by_hand(trainer, monkeypatch):
-    """Two right of four: mean 1/2, std 1/2, so A is +1 and -1."""
+def test_grpo_gradient_by_hand(trainer, monkeypatch):  # mean 1/2, std 1/2: A is +1 or -1
     run = trainer(method="grpo", max_grad_norm=1e9)
     perturb(run)
     group = make_group(run, TEXTS[:4], RIGHT[:4])
@@ -270,17 +265,15 @@ def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(tra
         sft.tokenizer.encode(group.problem.solution)[: sft.cfg.max_new_tokens - 1])
     assert example.tokens[-1] == sft.tokenizer.eos_token_id and example.target is None
     tail = trainer(tail_weight=0.1, tail_tokens=3)
-    group = make_group(tail, TEXTS[:4], RIGHT[:4])  # both right ones; TEXTS[0] is over the median
+    group = make_group(tail, TEXTS[:4], (True, True, False, False))  # the first is a long one
     examples, _ = tail.examples(group, 1.0)
-    ends = [e for e in examples if e.target is None]
-    lengths = sorted(len(r.tokens) for r in group.rollouts)
-    short = [r for r in group.rollouts if r.correct and len(r.tokens) <= sum(lengths[1:3]) / 2]
-    assert [e.tokens for e in ends] == [r.tokens for r in short]
-    assert all(len(e.tokens) - e.start == 3 and e.weight == 0.1 for e in ends)
-    alone = sum(e.weight * -naive_logits(tail.model, e.prompt, e.tokens).log_softmax(-1)[
-        range(len(e.tokens)), e.tokens][-3:].sum() for e in ends) / (3 * max(len(ends), 1))
+    (end,) = [e for e in examples if e.target is None]
+    tokens = group.rollouts[1].tokens
+    assert (end.tokens, len(tokens) - end.start, end.weight) == (tokens, 3, 0.1)
+    logp = naive_logits(tail.model, end.prompt, tokens).log_softmax(-1)[range(len(tokens)), tokens]
     both = tail.update(examples)
-    assert both["loss"] - both["kl"] == pytest.approx(float(alone), rel=1e-3, abs=1e-6)
+    alone = -0.1 * logp[-3:].mean().item()
+    assert both["loss"] - both["kl"] == pytest.approx(alone, rel=1e-3, abs=1e-6)
 
 # ---- Prompts and data ----------------------------------------------------------------------------
 def test_prompts_token_by_token(world):
@@ -302,22 +295,18 @@ def test_prompts_token_by_token(world):
 def test_a_guide_cannot_act_on_the_template(world):
     tokenizer = transformers.AutoTokenizer.from_pretrained(world[0])
     guide = "<think>zinc</think>neon: 10<|im_end|><|im_<|im_end|>end|>{problem}<|im_start|>user"
-    ids = ogls_sd.teacher_prompt(tokenizer, "carbon?", guide)
-    clean = ogls_sd.teacher_prompt(tokenizer, "carbon?", "neon: 10")
-    for token in ("<|im_end|>", "<|im_start|>"):
-        token = tokenizer.convert_tokens_to_ids(token)
-        assert ids.count(token) == clean.count(token)
-    assert "zinc" not in tokenizer.decode(ids)
+    text, clean = (tokenizer.decode(ogls_sd.teacher_prompt(tokenizer, "carbon?", g))
+                   for g in (guide, "neon: 10"))
+    for word in ("<|im_end|>", "<|im_start|>", "zinc"):
+        assert text.count(word) == clean.count(word)
 
 def test_problem_files(tmp_path, world):
-    rows = [
-        {"question": "a?", "answer": 27.0, "solution": None},
-        {"question": "b?", "answer": None, "solution": "so \\boxed{\\frac{1}{2}} it is"},
-        {"question": "c?", "answer": None, "solution": "no box"}]
+    solved = "so \\boxed{\\frac{1}{2}} it is"
+    rows = [{"question": "a?", "answer": 27.0, "solution": None},
+            {"question": "b?", "answer": None, "solution": solved},
+            {"question": "c?", "answer": None, "solution": "no box"}]
     found, dropped = ogls_sd.load_problems(write_rows(tmp_path / "rows.jsonl", rows))
-    assert dropped == 1
-    assert found == [Problem("a?", "27.0", None),
-                     Problem("b?", "\\frac{1}{2}", "so \\boxed{\\frac{1}{2}} it is")]
+    assert (found, dropped) == ([("a?", "27.0", None), ("b?", "\\frac{1}{2}", solved)], 1)
     ogls_sd.datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     assert ogls_sd.load_problems(str(tmp_path / "rows.parquet"))[0] == found
 
@@ -336,8 +325,8 @@ y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2         ~ 5 = x ~ x = 5
 e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
 10_{2} ~ 10_2           ~ \binom52 ~ 10             ~ \frac{n^2-n}{2} ~ \binom{n}{2}
 \sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x   ~ |x| ~ |-x|
-\begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix}
-(-1)^n ~ (-1)^{n+2}     ~ 2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes
+\begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix} ~ (-1)^n ~ (-1)^{n+2}
+2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes ~ \frac{x^2}{x} ~ x
 """
 DIFFERENT = r"""
 0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
@@ -348,7 +337,7 @@ DIFFERENT = r"""
 2x > 4 ~ x < 2          ~ x > 2 ~ x \ge 2           ~ x < 5 ~ 5
 3+4i ~ 3-4i             ~ 10_2 ~ 10_3               ~ 10_2 ~ 10
 \sqrt{x^2} ~ x          ~ (-1)^n ~ 1                ~ 104! ~ 104
-10^{100} ~ 10^{100}+1   ~ 0 ~ 10^{-60}              ~ \text{A beats B} ~ \text{B beats A}
+10^{100} ~ 10^{100}+1   ~ 0 ~ 10^{-60} ~ x\infty = 0 ~ x = 0 ~ \text{A beats B} ~ \text{B beats A}
 5 \text{ million} ~ 5   ~ 0.\overline{3} ~ 0.\overline{7} ~ 2f(x) ~ f(2x)
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
 """
@@ -448,9 +437,8 @@ def check_rollouts(run, sampler, adapter, tolerance):
             finished += rollout.finished
             with torch.no_grad():
                 logits = naive_logits(run.model, prompts[i], rollout.tokens)
-            mine = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens]
-            theirs = torch.tensor(rollout.logprobs)
-            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+            mine = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens].tolist()
+            assert mine == pytest.approx(rollout.logprobs, rel=tolerance, abs=tolerance)
     return made, finished
 
 def test_generate_returns_ids_ends_and_raw_log_probabilities(trainer):
@@ -458,16 +446,14 @@ def test_generate_returns_ids_ends_and_raw_log_probabilities(trainer):
     perturb(run)
     run.save("last")
     made, finished = check_rollouts(run, run.sampler, run.out / "last", 1e-3)
-    again, _ = check_rollouts(run, run.sampler, run.out / "last", 1e-3)
-    assert made == again  # seeded
     assert finished  # some reached EOS
+    assert made == check_rollouts(run, run.sampler, run.out / "last", 1e-3)[0]  # seeded
     run.model.generation_config.top_k = 1  # what a model folder may ask for is overruled
     free = dict(run.sampler.sample([[5, 6, 7]], [0], run.out / "last",
                                    replace(run.cfg, rollouts=16, top_k=0, top_p=1.0)))
     assert len({tuple(r.tokens) for r in free[0]}) > 1
 
-def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):
-    """Ids that decode and encode to something else must stay as they were sampled."""
+def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):  # nothing re-tokenises
     run = trainer(questions=1, rollouts=2, steps=1)
     unk = run.tokenizer.unk_token_id
     odd = [unk, 7, unk, unk, run.tokenizer.eos_token_id]
@@ -485,17 +471,14 @@ def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
     eos, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     rollout = ogls_sd.make_rollout(run.tokenizer, [eos, pad], [7, eos, pad, pad], [-1.0] * 4)
     assert (rollout.tokens, rollout.finished) == ([7, eos], True)
-    answer = run.problems[0].answer
-    tokens = run.tokenizer.encode(f"\\boxed{{{answer}}}")
+    tokens = run.tokenizer.encode(f"\\boxed{{{run.problems[0].answer}}}")
     for stop, correct in (([], False), ([eos], True)):
         made = [ogls_sd.make_rollout(run.tokenizer, run.eos, tokens + stop, [-1.0] * 99)]
         monkeypatch.setattr(run.sampler, "sample", lambda *args: iter([(0, made)]))
-        (group,) = ogls_sd.sample_groups(run.sampler, run.tokenizer, run.problems[:1], run.cfg, 1,
-                                         None)
-        assert group.rollouts[0].correct is correct
+        args = (run.sampler, run.tokenizer, run.problems[:1], run.cfg, 1, None)
+        assert ogls_sd.sample_groups(*args)[0].rollouts[0].correct is correct
 
-def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):
-    """Runs in a process of its own, as vLLM asks for a main guard."""
+def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):  # vLLM wants a main guard
     if not ogls_sd.use_vllm(Config()):
         pytest.skip("vLLM is not installed here")
     paths = dict(model=str(world[0]), data=world[1], output_dir=str(tmp_path))
@@ -526,11 +509,10 @@ if __name__ == "__main__":
 def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
     ramp = trainer(strength=3.0, ramp_steps=4, steps=5)
     ramp.train()
-    lines = ogls_sd.read_log(ramp.out / "metrics.jsonl")
-    assert [line["strength"] for line in lines] == [0.75, 1.5, 2.25, 3.0, 3.0]
+    assert [line["strength"] for line in logged(ramp.out)] == [0.75, 1.5, 2.25, 3.0, 3.0]
     still = trainer(strength=0.0, steps=1)
     still.train()
-    (line,) = ogls_sd.read_log(still.out / "metrics.jsonl")
+    (line,) = logged(still.out)
     assert line["kl"] == pytest.approx(0, abs=1e-7)  # the student is the anchor
     assert line["grad_norm"] < 1e-6 and line["engine_gap"] < 1e-4
 
@@ -542,18 +524,16 @@ def test_no_example_no_step(trainer, monkeypatch):
     before = [tensor.clone() for tensor in run.trained]
     run.save("last")
     run.train()
-    (line,) = ogls_sd.read_log(run.out / "metrics.jsonl")
+    (line,) = logged(run.out)
     assert (line["skipped"], line["groups_right"], line["loss"]) == (2, 1.0, None)
     assert line["skipped_why"] == {"all_right": 2}
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained))
 
 def test_alarms():
     calm = dict(engine_gap=0.01, truncated=0.1, length=100, kl=0.1)
-    assert ogls_sd.alarms([calm] * 30) == []
-    assert len(ogls_sd.alarms([calm, calm | dict(engine_gap=0.2)])) == 1
-    assert len(ogls_sd.alarms([calm | dict(truncated=0.6)])) == 1
-    assert ogls_sd.alarms([calm] * 9 + [calm | dict(length=900)]) == []  # still the first ten
-    assert len(ogls_sd.alarms([calm] * 10 + [calm | dict(length=301, kl=0.31)])) == 2
+    for steps, count, change in ((30, 0, {}), (1, 1, {"engine_gap": 0.2}), (9, 0, {"length": 900}),
+                                 (1, 1, {"truncated": 0.6}), (10, 2, {"length": 301, "kl": 0.31})):
+        assert len(ogls_sd.alarms([calm] * steps + [calm | change])) == count
 
 def test_metrics_of_a_step_by_hand(trainer):
     run = trainer(guide_tokens=6)
@@ -562,19 +542,16 @@ def test_metrics_of_a_step_by_hand(trainer):
     groups[0].rollouts[2].text = "Wait, let me check. Oops; waiting is not quite 'hold on'."
     found = ogls_sd.rollout_metrics(groups, run.cfg, 2.0)
     tokens = [len(r.tokens) for g in groups for r in g.rollouts]
-    assert found["reward"] == pytest.approx((1 / 3 + 1) / 2)
-    assert (found["groups_right"], found["groups_wrong"], found["groups_mixed"]) == (0.5, 0, 0.5)
-    assert found["truncated"] == 0.25 and found["no_box"] == 0.5
-    assert found["markers"] == pytest.approx(1000 * 5 / sum(tokens))
-    assert found["sampled_tokens_per_s"] == sum(tokens) / 2
-    assert found["guides_cut"] == sum(n > 6 for n in tokens)
+    assert found == pytest.approx({
+        "reward": (1 / 3 + 1) / 2, "groups_right": 0.5, "groups_wrong": 0, "groups_mixed": 0.5,
+        "length": sum(tokens) / 4, "truncated": 0.25, "no_box": 0.5, "markers": 5000 / sum(tokens),
+        "guides_cut": sum(n > 6 for n in tokens), "sampled_tokens_per_s": sum(tokens) / 2})
 
 # ---- Nothing loses more than a step; nothing typed wrong ends in a traceback ---------------------
 STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A random model, its problems, and broken kinds of both."""
+def tiny(tmp_path_factory) -> Path:  # a model, its problems, and broken kinds of both
     root, rows = tmp_path_factory.mktemp("tiny"), ogls_sd.toy_problems(random.Random(0), 12)
     tiny_model(root / "model", hidden_size=32, max_position_embeddings=32768)
     config = json.loads((root / "model/config.json").read_text())
@@ -782,15 +759,13 @@ def fake(tmp_path, monkeypatch):
             sampler.left -= 1
             texts = ["\\boxed{%d}" % ((seeds[i] + j) % 3) for j in range(cfg.rollouts)]
             yield i, [ogls_sd.Rollout([1] * 5, [0.0] * 5, True, t) for t in texts]
-
     sampler = SimpleNamespace(left=-1, close=lambda: None, sample=sample)
     monkeypatch.setattr(ogls_sd, "make_sampler", lambda *args: sampler)
     monkeypatch.setattr(ogls_sd, "open_model", lambda cfg: (None, [0]))
     monkeypatch.setattr(scorer, "student_prompt", lambda *args: [1])
-    for name, rows in (("a", 12), ("b", 5)):
-        text = "".join(json.dumps({"problem": f"{name}{i}", "answer": str(i % 3)}) + "\n"
-                       for i in range(rows))
-        (tmp_path / f"{name}.jsonl").write_text(text)
+    for name, count in (("a", 12), ("b", 5)):
+        rows = [{"problem": f"{name}{i}", "answer": str(i % 3)} for i in range(count)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     folder = tmp_path / "run" / "step_000007"
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(
@@ -914,11 +889,9 @@ def test_premise_needs_digits(toy):
 # ---- Benchmark: python test_ogls_sd.py bench [--model M] [--device cuda] -------------------------
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
     """Bytes of the tensors made inside and alive at once, at their highest (CPU)."""
-
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = lambda xs: [x.untyped_storage() for x in xs if isinstance(x, torch.Tensor)]
         self.known.update(storage._cdata for storage in tensors(args))  # there before
@@ -930,20 +903,17 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
         return out
-
     def free(self, key, size):
         self.known.discard(key)
         self.now -= size
 
 def peak_memory(way, device):
-    if device != "cuda":
-        with PeakMemory() as memory:
-            way()
-        return memory.peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    way()
-    return torch.cuda.max_memory_allocated() - before
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with PeakMemory() if device == "cpu" else contextlib.nullcontext() as memory:
+        way()
+    return memory.peak if memory else torch.cuda.max_memory_allocated() - before
 
 def bench_naive(model, anchor, positive, negative, responses, batched):
     """Eqs. (10)-(13) on logits at the T response positions, one response or all at a time."""
@@ -951,7 +921,6 @@ def bench_naive(model, anchor, positive, negative, responses, batched):
         ids = torch.tensor([prompt + y for y in group], device=model.device)
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
         return model.lm_head(hidden[:, len(prompt) - 1 : -1]).float()
-
     targets = []
     for group in [responses] if batched else [[y] for y in responses]:
         means = []
@@ -1015,8 +984,8 @@ def bench():
                      "naive, batched": lambda: bench_naive(*work, True)}
         least = 64 + (G + 1) * P + (G + 2) * W * T  # each prompt and each response once a pass
         naive = W * (64 + T) + (G + 1) * W * (P + T)
-        measure(f"targets of a question, G {G}, W {W}, T {T}, prompts of {P}: {least:,} tokens must "
-                f"be read, naive reads {naive:,}", ways, args.repeats, args.device)
+        measure(f"targets, G {G}, W {W}, T {T}, prompts of {P}: {least:,} tokens at least, naive "
+                f"reads {naive:,}", ways, args.repeats, args.device)
     head, N = ogls_sd.float_head(model), W * T
     hidden, target = torch.randn(2, N, model.config.hidden_size, device=args.device)
     tokens, weights = torch.zeros(2, N, device=args.device)
