@@ -130,7 +130,7 @@ class Config:
     resume: bool = setting(False, "go on from OUTPUT_DIR/last")
     save_every: int = setting(25, "steps between numbered checkpoints")
     show_every: int = setting(10, "steps between rollouts on the screen")
-    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "vllm where it runs, or generate: hf")
+    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm if it runs")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
     sleep: bool = setting(False, "vLLM gives its memory back while the student trains")
     micro_tokens: int = setting(40960, "padded tokens in one forward; memory only")
@@ -861,7 +861,7 @@ class Trainer:
         self.cfg, self.out, self.step, self.failures = cfg, Path(cfg.output_dir), 0, 0
         self.tokenizer, self.eos = open_model(cfg)
         self.problems = select_problems(cfg, self.tokenizer)
-        use_vllm(cfg)
+        use_vllm(cfg)  # refuses now what would fail after the folder is opened
         record = open_folder(cfg, self.problems)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
         self.model = getattr(self.sampler, "model", None) or load_model(cfg)
@@ -970,7 +970,7 @@ class Trainer:
             try:
                 wanted = json.loads((folder / "manifest.json").read_text())
                 refuse(not wanted.items() <= checksums(folder).items(), "it is damaged")
-                state = torch.load(folder / "trainer_state.pt", weights_only=True)
+                state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
                 break
             except Exception as error:
                 print(f"cannot use {folder} ({error}); trying the checkpoint before it")
@@ -1041,7 +1041,7 @@ class Trainer:
             if step % cfg.save_every == 0 or step == cfg.steps:
                 self.save(f"step_{step:06d}")
             self.save("last")
-            refuse(self.failures >= 5, "loss or gradient not finite five times; lower --lr")
+            refuse(self.failures >= 5, "loss or gradient not finite five times in a row; lower --lr")
         bar.close()
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
