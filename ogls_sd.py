@@ -35,7 +35,6 @@ import importlib.util
 import json
 import math
 import multiprocessing
-import operator
 import os
 import random
 import re
@@ -49,6 +48,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Literal, NamedTuple
@@ -62,7 +62,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 import transformers
-from mpmath.ctx_mp import MPContext
+from sympy import Add, Expr, Float, Integer, Mul, Number, Pow, Rational, Symbol, nan, oo
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -232,18 +232,21 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 # the kind of an interval, and x \in [1,2), 1 \le x < 2 and [1,2) are one answer. x = 5 equals 5,
 # but not y = 6. 1 \pm 2 is the list 3, -1. Equations are equal up to a constant factor,
 # inequalities up to a positive one; expressions when they agree at sample points of both signs.
-# 2516_8 equals only itself; \log is base 10; roots of negatives are complex. Sums, integrals,
-# limits and sentences are equal as text only.
+# 2516_8 equals only itself; \log is base 10; roots of negatives are complex. Sums, limits, floors
+# and sentences are equal as text only.
 #
-# A parser of our own reads the text, and mpmath, the numerical engine of sympy, does the
-# mathematics: sympy's own objects would evaluate eagerly what a hostile answer asks for, and
-# their evalf changes a global precision, which is not safe from a thread.
+# `tokenise` cleans the text, `Reader` makes sympy objects of it, `same` compares those. No text is
+# run as code, and sizes are checked before sympy is asked to build or evaluate anything.
 
-MAX_CHARS, MAX_ITEMS = 1000, 50     # of an answer; of a list to be compared in any order
-MAX_BITS = 50_000           # log2 of the largest power: a float, never computed digit by digit
-MAX_ARGUMENT, MAX_FACTORIAL = 10**30, 3000      # arguments of functions, of ! and \binom
-PASSES = (60, range(6)), (800, range(4, 6))     # digits and sample points: rational, from 4 integer
-LOCAL = threading.local()   # an mpmath context for each thread: mpmath changes it while computing
+MAX_CHARS, MAX_ITEMS = 1000, 20                 # of an answer; of a list compared in any order
+MAX_BITS = 50_000                               # of an exact power; also the largest exponent
+MAX_ARGUMENT, MAX_FACTORIAL = 10**30, 3000      # of functions such as sin; of ! and \binom
+MAX_WORK = 4000                                 # see `work`
+POINTS, DIGITS = 6, 350                         # of the numerical comparison
+ROUNDING, HUGE = Rational(1, 10**340), 10**300  # beyond, small terms are lost: never equal
+LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
+
+# Text to tokens: several spellings of one sign, then rewrites in this order.
 ALIASES = {name: sign for sign, names in {
     "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "<": r"\lt",
     ">": r"\gt", "∈": r"\in", "∪": r"\cup", "±": r"\pm", "∓": r"\mp", "*": r"\cdot \times × ·",
@@ -252,205 +255,282 @@ ALIASES = {name: sign for sign, names in {
     r"\}": r"\rbrace", r"\varnothing": r"\emptyset ∅", r"\dots": r"\ldots \cdots",
 }.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    # typesetting, $, matrix environments, thousands 12{,}345, sin 30° in radians, degrees, spaces
     (r"\\(?:displaystyle|boxed|left|right|[bB]igg?[lr]?)(?![a-z])|\\?\$", " "),
     (r"(?:\\\\)?\s*\\(begin|end)\s*\{(?:[pb]?matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),
     (r"(\\(?:sin|cos|tan))\s*[({]?\s*([\d.]+)\s*\^\s*\{?\\circ\s*[)}]*", r"\1(\2π/180)"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-z])|~", " "),
+    # thousands 12,345 outside brackets
     (r"^[^(\[{,]*[1-9]\d{0,2}(?:,\d{3})+(?!\d)[^(\[,]*$", lambda m: m[0].replace(",", "")),
+    # \text{and} is a comma; text after something is a unit, unless it changes the value; words stay
     (r"\\(?:text|math)(?:rm|bf|it|sf|normal)?\s*\{([^{}]*)\}", r" \\text{\1}"),
     (r"(?:,\s*)?(?:\\text\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
     (r"(\S)(?:[\s/]*\\text\{(?!\s*(?:i\}|[mbtr]+illion|thousand|dozen|pct|percent))"
-     r"[^{}]*[a-zA-Z][^{}]*\}(?:\^\{?-?[123]\}?)?)+\s*\.?\s*$", r"\1"),  # text after it: a unit
+     r"[^{}]*[a-zA-Z][^{}]*\}(?:\^\{?-?[123]\}?)?)+\s*\.?\s*$", r"\1"),
     (r"\\text\{([^{}]*)\}", r"\1 "),
+    # bare units after a number: 5 square meters
     (r"(?<=[\d}])(?:\s*\b(?!\w*illion|thousand|dozen|percent)(?:[a-z]{4,}|[ckm]m|kg|mph|ft|deg)\b"
-     r"(?:\^\{?[23]\}?)?)+\s*$", ""),                            # 5 square meters
+     r"(?:\^\{?[23]\}?)?)+\s*$", ""),
+    # \dfrac12 is \frac{1}{2}, x^-2 is x^{-2}; mixed numbers 1\frac45 and 1 4/5 become sums
     (r"\\[dtc](?=frac|binom)", r"\\"), (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),
     (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\^\s*-\s*(\d+|[a-z])", r"^{-\1}"),
     (r"(?<![\d.}_^])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<=\s)\d+\s*[/⁄]\s*\d+)", r"(\1+\2)"),
 ]]
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+|\.(?=/))?(?:[eE][+-]?\d{1,4}(?![\w.]))?|\.\d+|"
                    r"[a-zA-Z]{4,}|pct|[yY]es|[nN]o(?![a-zA-Z])|[<>!]=|\S")
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split()
-FLIPPED, OPEN = {">": "<", "≥": "≤"}, set(r"( [ { \{ | \lfloor \lceil \begin".split())
-BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 PLUS_MINUS = [str.maketrans("±∓", signs) for signs in ("+-", "-+")]
-RELATIONS, CONSTANTS = set("=<>≤≥≠∈"), {"e": "e", "i": "j", "π": "pi", "∞": "inf"}
-NAME = re.compile(r"(?!\d)[^-+*^]*[a-zA-Z][^-+*^]*")        # x, f(2), (p,q), but not 2x or x + y
-LEVELS = {",": 0, **dict.fromkeys(RELATIONS, 1), "∪": 2, ":": 2, "+": 3, "-": 3, "*": 4, "/": 4}
-CLOSE, SIGNS = set(r") ] } \} | \rfloor \rceil \end".split()), {"+", "-"}
-STOPS = {"", *LEVELS, *CLOSE - {"|"}, *"^_!%", *r"\sum \int \prod \lim".split()}
+# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, POWER one factor of it.
+LIST, RELATION, UNION, SUM, PRODUCT, SIDE_BY_SIDE, POWER = range(7)
+LEVELS = {",": LIST, **dict.fromkeys("=<>≤≥≠∈", RELATION), "∪": UNION, ":": UNION, "+": SUM,
+          "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
+RELATIONS, FLIPPED, SIGNS = set("=<>≤≥≠∈"), {">": "<", "≥": "≤"}, ("+", "-")
+OPEN, CLOSE = set(r"( [ { \{ | \begin".split()), set(r") ] } \} | \end".split())
+UNREAD = set(r"\sum \int \prod \lim \lfloor \rfloor \lceil \rceil".split())
+STOPS = {"", "_"} | UNREAD | CLOSE - {"|"}
+CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "∞": oo}
+FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
+             "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split()}
+
+@dataclass
+class Compound:
+    """A list ",", ratio ":", union, bracket pair such as "()", or relation such as "=" or "<≤"."""
+    sort: str
+    parts: list
+
+def sort_of(value) -> str:
+    return value.sort if isinstance(value, Compound) else ""
 
 def tokenise(text: str) -> list[str]:
+    """Numbers, words, commands and signs; an answer with ± becomes a list of two."""
     text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text))
     text = unicodedata.normalize("NFKC", text.rstrip(". \\"))
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     tokens = [ALIASES.get(token, token) for token in TOKEN.findall(text.strip().rstrip("."))]
-    tokens = [t.lower() if t[1:] and t.isalpha() else t for t in tokens]
-    both = [[t.translate(table) for t in tokens] for table in PLUS_MINUS]
-    return tokens if both[0] == both[1] else [*both[0], ",", *both[1]]
+    tokens = [t.lower() if len(t) > 1 and t.isalpha() else t for t in tokens]
+    upper, lower = [[t.translate(table) for t in tokens] for table in PLUS_MINUS]
+    return tokens if upper == lower else [*upper, ",", *lower]
 
-def kind(value) -> str:
-    """Of compound values, which are lists: [kind, part, ...], in relations [signs, names, ...]."""
-    return value[0] if isinstance(value, list) else ""
+def work(x: Expr) -> int:
+    """Bound on evaluations: sympy takes products twice, and sums that cancel three times."""
+    return 1 + (3 if x.is_Add else 2) * sum(work(arg) for arg in x.args)
+
+def sample(symbol: Symbol, point: int) -> Float:
+    """Its value at a sample point: a fraction of either sign at the first four, then an integer."""
+    seed = int.from_bytes(symbol.name.encode(), "big")
+    size = Rational(seed * 7919 ** (point + 1) % 1_000_003 + 400_000, 500_000)
+    # a Float, because sympy at times substitutes first, and exact powers could be enormous
+    return Float(size * (-1) ** (seed + point) if point < 4 else seed % 5 + point, DIGITS)
+
+def size(x: Expr) -> Expr:
+    """The larger of |Re x| and |Im x|, since sympy's Abs is slow; nan where x is not finite."""
+    parts = x.as_real_imag()
+    return max(map(abs, parts)) if all(p.is_Number and p.is_finite for p in parts) else nan
+
+@lru_cache(1000)    # for long lists, where each part is compared with many
+def values(x: Expr) -> list[Expr]:
+    """x at the sample points, as Float or Float + Float*I; nan where it has no finite value."""
+    if work(x) > MAX_WORK:
+        raise ValueError("too much to evaluate")
+    results = []
+    for point in range(POINTS if x.free_symbols else 1):
+        results.append(nan)
+        with contextlib.suppress(ValueError, TypeError, ZeroDivisionError, NotImplementedError):
+            at = {symbol: sample(symbol, point) for symbol in x.free_symbols}
+            number = x.evalf(DIGITS, subs=at, maxn=DIGITS)
+            if size(number) is not nan:     # zeros are found only up to rounding
+                results[-1] = number if size(number) > ROUNDING else Integer(0)
+    return results if x.free_symbols else results * POINTS
+
+def bounded(x: Expr, limit: int) -> Expr:
+    """x, if its size is at most `limit` wherever it has a value."""
+    found = [x] if x.is_Rational else values(x)
+    if any(value is not nan and size(value) > limit for value in found):
+        raise ValueError("too large")
+    return x
+
+def combine(x: Expr, sign: str, y: Expr) -> Expr:
+    """x sign y: computed if both are numbers, else only written down, as a flat sum or product."""
+    if sign == "-":
+        y = combine(Integer(-1), "*", y)
+    if sign == "/":
+        y = power(y, Integer(-1))
+    if any(side.is_Rational and abs(side.p) >> 4 * MAX_BITS for side in (x, y)):
+        raise ValueError("too large")
+    operation = Add if sign in SIGNS else Mul
+    terms = [term for side in (x, y) for term in (side.args if type(side) is operation else [side])]
+    return operation(*terms, evaluate=isinstance(x, Number) and isinstance(y, Number))
+
+def power(x: Expr, y: Expr) -> Expr:
+    exact = x.is_Rational and y.is_Rational
+    bounded(y, MAX_BITS // max(abs(x.p), x.q).bit_length() if exact else MAX_BITS)
+    return Pow(x, y, evaluate=exact and y.is_Integer)
+
+def call(function, limit: int, *args: Expr) -> Expr:
+    exact = all(bounded(arg, limit).is_Rational for arg in args)
+    return function(*args, evaluate=exact)
 
 class Reader:
-    """Precedence climbing from tokens to numbers and compound values at one sample point."""
+    """Recursive descent from tokens to a sympy expression or a Compound of them."""
 
-    def __init__(self, tokens: list[str], point: int, percent: int):
-        self.mp, self.point, self.percent, self.bars = LOCAL.mp, point, percent, 0
-        self.tokens, self.rest = [*tokens, ""], ["", *tokens[::-1]]     # the next one is rest[-1]
+    def __init__(self, tokens: list[str], percent: Rational):
+        self.rest = ["", *reversed(tokens)]     # the next token is rest[-1]; "" is the end
+        self.constants = {**CONSTANTS, "%": percent}
+        self.bars = 0                           # | signs now open: another one closes the last
 
-    def expression(self, level: int = 0):
-        """Level 0 reads lists, 3 sums, 4 products, 5 factors side by side, 6 one factor."""
-        start = len(self.rest)
-        value = (BINARY[self.rest.pop()](0, self.expression(max(level, 4)))
-                 if self.rest[-1] in SIGNS else self.atom())
-        while True:
-            token = self.rest[-1]
-            if level <= LEVELS.get(token, -1) < 3:
-                value = self.compound(value, start)
-            elif level <= LEVELS.get(token, -1):
-                value = BINARY[self.rest.pop()](value, self.expression(4 if token in SIGNS else 6))
-                self.finite(value)
-            elif token in ("^", "!", "%"):
-                self.rest.pop()
-                value = (self.power(value, self.atom()) if token == "^" else value / self.percent
-                         if token == "%" else self.mp.factorial(self.bounded(value, MAX_FACTORIAL)))
-            elif token in STOPS or token == "|" and self.bars or level > 5 or (
-                    token[0].isdigit() and self.tokens[-len(self.rest) - 1][-1].isdigit() or
-                    token[1:] and token.isalpha() or level > 4 and token[1:] in FUNCTIONS):
-                return value
+    def expression(self, level: int = LIST):
+        """The longest expression whose operators bind at least as tightly as `level`."""
+        value = self.atom()
+        while self.binding() >= level:
+            token = self.rest.pop() if self.rest[-1] in LEVELS else "*"
+            if token == "^":
+                value = power(value, self.atom())
+            elif token == "!":
+                value = call(sympy.factorial, MAX_FACTORIAL, value)
+            elif LEVELS[token] < SUM:
+                value = self.compound(value, token, self.expression(LEVELS[token] + 1))
             else:
-                value = self.finite(value * self.expression(6))
+                value = combine(value, token, self.expression(PRODUCT if token in SIGNS else POWER))
+        return value
 
-    def compound(self, left, start: int):
-        """A list, ∪, ratio or relation so far, extended by the operator at hand."""
-        end, token = len(self.rest), self.rest.pop()
-        right = self.expression(LEVELS[token] + 1)
-        if token not in RELATIONS:
-            items = [side[1:] if kind(side) == token else [side] for side in (left, right)]
-            return [token, *items[0], *items[1]]
-        sides = self.tokens[-start:-end], self.tokens[1 - end:-len(self.rest)]
-        names = ["".join(side) if NAME.fullmatch("".join(side)) else "" for side in sides]
-        signs, old, *sides = left if kind(left)[:1] in RELATIONS else ("", names[:1], left)
-        if token in FLIPPED:
-            return [FLIPPED[token] + signs, names[1:] + old, right, *sides]
-        return [signs + token, old + names[1:], *sides, right]
+    def binding(self) -> int:
+        """How tightly the next token binds to the value before it; -1 if it does not."""
+        token = self.rest[-1]
+        word = len(token) > 1 and token.isalpha()
+        if token in STOPS or token == "|" and self.bars or word:
+            return -1
+        # \sin 2x \cos x: a function ends the argument before it, a letter does not
+        return LEVELS.get(token, PRODUCT if token in FUNCTIONS else SIDE_BY_SIDE)
+
+    def compound(self, left, sign: str, right) -> Compound:
+        """A list, ratio, union or chain of relations, made longer; > and ≥ are turned round."""
+        if sign not in RELATIONS:
+            parts = [side.parts if sort_of(side) == sign else [side] for side in (left, right)]
+            return Compound(sign, parts[0] + parts[1])
+        chain = left if sort_of(left)[:1] in RELATIONS else Compound("", [left])
+        if sign in FLIPPED:
+            return Compound(FLIPPED[sign] + chain.sort, [right, *chain.parts])
+        return Compound(chain.sort + sign, [*chain.parts, right])
 
     def atom(self):
-        token, mp = self.rest.pop(), self.mp
+        token = self.rest.pop()
+        if token in SIGNS:
+            return combine(Integer(-1 if token == "-" else 1), "*", self.expression(PRODUCT))
         if token in OPEN:
-            self.bars += token == "|"
-            value, closing = self.expression(), self.rest.pop()
-            self.bars -= token == "|"
-            if closing not in CLOSE or (token == "|") != (closing == "|"):
-                raise ValueError("bracket")
-            ordered = kind(value) == "," and "{" not in token
-            value = [token + closing, *value[1:]] if ordered else value
-            wraps = {"|": abs, r"\lfloor": mp.floor, r"\lceil": mp.ceil}
-            return wraps[token](value) if token in wraps else value
+            return self.bracket(token)
+        if token in FUNCTIONS:
+            return self.function(token)
         if token[0] in ".0123456789" and self.rest[-1] != "_":
-            return mp.mpf(token)
-        if token in CONSTANTS:
-            return +getattr(mp, CONSTANTS[token])
+            return Rational(token)
         if token == r"\frac":
-            return self.atom() / self.atom()
+            return combine(self.atom(), "/", self.atom())
         if token == r"\binom":
-            return mp.binomial(*[self.bounded(self.atom(), MAX_FACTORIAL) for _ in range(2)])
+            return call(sympy.binomial, MAX_FACTORIAL, self.atom(), self.atom())
         if token == r"\sqrt":
-            degree = self.atom() if self.rest[-1] == "[" else mp.mpf(2)
-            return self.power(self.atom(), 1 / degree)
-        return self.function(token[1:]) if token[1:] in FUNCTIONS else self.symbol(token)
+            degree = self.atom() if self.rest[-1] == "[" else Integer(2)
+            return power(self.atom(), power(degree, Integer(-1)))
+        return self.constants[token] if token in self.constants else self.symbol(token)
 
-    def function(self, name: str):
-        marks = {}
-        while self.rest[-1] in ("^", "_"):
+    def bracket(self, opening: str):
+        self.bars += opening == "|"
+        value = self.expression()
+        closing = self.rest.pop()
+        self.bars -= opening == "|"
+        if closing not in CLOSE or (opening == "|") != (closing == "|"):
+            raise ValueError("bracket")
+        if opening == "|":
+            return call(sympy.Abs, MAX_ARGUMENT, value)
+        ordered = sort_of(value) == "," and "{" not in opening
+        return Compound(opening + closing, value.parts) if ordered else value
+
+    def function(self, name: str) -> Expr:
+        r"""\sin x, \sin^2 x, \log_2 x."""
+        marks = {"^": Integer(1), "_": Integer(10)}
+        while self.rest[-1] in marks:
             mark = self.rest.pop()
             marks[mark] = self.atom()
-        value = self.bounded(self.expression(6 if self.rest[-1] == "(" else 5), MAX_ARGUMENT)
-        value = (self.mp.log(value, marks.get("_", 10)) if name == "log" else
-                 getattr(self.mp, name.replace("rc", ""))(value))
-        return self.power(value, marks["^"]) if "^" in marks else value
+        value = self.expression(POWER if self.rest[-1] == "(" else SIDE_BY_SIDE)
+        limit = MAX_BITS if name == r"\exp" else MAX_ARGUMENT
+        value = call(FUNCTIONS[name], limit, value)
+        if name == r"\log":
+            value = combine(value, "/", call(sympy.log, limit, marks["_"]))
+        return power(value, marks["^"])
 
-    def symbol(self, name: str):
-        """A letter, word, numeral in a base or unknown command: any value, but always the same."""
-        start, opaque = len(self.rest), "({_" if name[0] == "\\" or name in "fgh" else "_"
-        while self.rest[-1] and self.rest[-1] in opaque:
-            del self.rest[len(self.rest) - (self.rest[-1] == "_"):]
-            self.atom()
+    def symbol(self, name: str) -> Symbol:
+        r"""A letter, word, unknown command, f(x), \overline{3} or numeral in a base: its text."""
         if name in STOPS or not name[-1].isalnum():
             raise ValueError(name)
-        name += re.sub("[{}]", "", "".join(self.tokens[-start:-len(self.rest)]))
-        seed = int.from_bytes(name.encode(), "big")
-        value = self.mp.mpf(seed * 7919 ** (self.point + 1) % 1_000_003 + 400_000) / 500_000
-        return (-1) ** (seed + self.point) * value if self.point < 4 else self.mp.mpf(
-            seed % 5 + self.point)
+        starters = {"_", "(", "{"} if name[0] == "\\" or name in "fgh" else {"_"}
+        depth = 0
+        while depth or name[-1] == "_" or self.rest[-1] in starters:
+            token = self.rest.pop()
+            depth += (token in OPEN) - (token in CLOSE)
+            name += token.strip("{}")
+        return Symbol(name)
 
-    def bounded(self, x, bound: int):
-        if not abs(x) <= bound:
-            raise ValueError("too large")
-        return x
-
-    def finite(self, x):
-        """∞ bounds an interval; in a sum or product it would swallow what stands beside it."""
-        if not self.mp.isfinite(x):
-            raise ValueError("infinite")
-        return x
-
-    def power(self, x, y):
-        self.bounded(y * (abs(self.mp.mag(x)) + 1 if x else 1), MAX_BITS)
-        return self.mp.power(x, y)
+def is_name(side) -> bool:
+    """x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y."""
+    if isinstance(side, Compound):
+        return all(is_name(part) for part in side.parts)
+    simple = not side.has(Add) and all(part.exp == -1 for part in side.atoms(Pow))
+    return simple and bool(side.free_symbols) and not Mul.make_args(side)[0].is_Number
 
 def unwrap(value):
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    signs, names, *sides = value if kind(value)[:1] in RELATIONS else ("", [])
-    if signs in ("=", "∈") and names[0]:
-        return sides[1]
+    signs, parts = sort_of(value), getattr(value, "parts", [])
+    if signs in ("=", "∈") and is_name(parts[0]):
+        return parts[1]
     if signs in ("<", "≤"):
-        signs = "<" + signs if names[0] else signs + "<"
-        sides = [-LOCAL.mp.inf, *sides] if names[0] else [*sides, LOCAL.mp.inf]
-        names = ["", names[0] or names[1]]
+        below = is_name(parts[0])
+        signs, parts = ("<" + signs, [-oo, *parts]) if below else (signs + "<", [*parts, oo])
     brackets = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
-    return [brackets[signs], *sides[::2]] if signs in brackets and names[1] else value
+    if signs in brackets and is_name(parts[1]):
+        return Compound(brackets[signs], [parts[0], parts[2]])
+    return value
 
-def same(xs: list, ys: list) -> bool:
-    """Equality of two answers, each given by its values at the sample points."""
-    if kind(xs[0]) != kind(ys[0]):
-        xs, ys = [unwrap(x) for x in xs], [unwrap(y) for y in ys]
-    sort = kind(xs[0])
-    if not sort or sort != kind(ys[0]):
-        tolerance, inf = LOCAL.mp.eps * 1e9, LOCAL.mp.inf    # absolute where one side is zero
-        return sort == kind(ys[0]) and all(x == y or abs(x - y) <= tolerance * (
-            max(abs(x), abs(y)) if x and y else 1) < inf for x, y in zip(xs, ys))
-    a, b = [list(zip(*[value[1 + (sort[0] in RELATIONS):] for value in side])) for side in (xs, ys)]
-    if sort in ("=", "∈") and xs[0][1][0] == ys[0][1][0] != "":
-        return same(a[1], b[1])
-    if sort in ("=", "≠", "<", "≤"):
-        u, v = [[right - left for left, right in zip(*sides)] for sides in (a, b)]
-        sign = u[0] * v[0]
-        return (sign != 0 if sort in "=≠" else sign > 0) and same(
-            [x * v[0] for x in u], [y * u[0] for y in v])
-    if sort in (",", "∪") and len(a) + len(b) < 2 * MAX_ITEMS:
-        return all(any(same(x, y) for y in t) for s, t in ((a, b), (b, a)) for x in s)
-    return len(a) == len(b) and all(map(same, a, b))
+def equal(x: Expr, y: Expr) -> bool:
+    """Exact for numbers, else numerical where both have a value, at two sample points or more."""
+    if isinstance(x, Number) and isinstance(y, Number):
+        return x == y != nan
+    pairs = [(u, v) for u, v in zip(values(x), values(y)) if nan not in (u, v)]
+    told_apart = 0 in (x, y) or any(u != 0 for u, v in pairs)      # both may be tiny
+    return len(pairs) >= 2 and told_apart and all(near(u, v) for u, v in pairs)
 
-def agree(a: list[str], b: list[str], percent: int, digits: int, points: range) -> bool:
-    """Equality at the sample points where both have a value, at least a third of them."""
-    LOCAL.mp.dps, pairs = digits, []
-    for point in points:
-        with contextlib.suppress(Exception):  # the text may be anything: unreadable, too deep
-            readers = [Reader(side, point, percent) for side in (a, b)]
-            values = [reader.expression() for reader in readers]
-            pairs += [values] if all(reader.rest == [""] for reader in readers) else []
-    with contextlib.suppress(Exception):  # parts do not compare, as a number and a list
-        return len(pairs) >= len(points) / 3 and same(*map(list, zip(*pairs)))
-    return False
+def near(u: Expr, v: Expr) -> bool:
+    """Relative to the larger of the two, but absolute where one is zero."""
+    scale = max(size(u), size(v)) if u and v else 1
+    return scale < HUGE and size(u - v) <= scale * ROUNDING
+
+def proportional(x: Expr, y: Expr, positive: bool) -> bool:
+    """Is x a constant multiple of y, and where asked a positive one?"""
+    ratios = [u / v for u, v in zip(values(x), values(y)) if nan not in (u, v) and u * v != 0]
+    ratio = ratios[0] if ratios else nan
+    return (ratio.is_positive or not positive) and equal(x, combine(ratio, "*", y))
+
+def same(x, y) -> bool:
+    """Equality of two values by the conventions at the top."""
+    if sort_of(x) != sort_of(y):
+        x, y = unwrap(x), unwrap(y)
+    if sort_of(x) != sort_of(y):
+        return False
+    if isinstance(x, Expr):
+        return equal(x, y)
+    if x.sort in ("=", "∈") and x.parts[0] == y.parts[0] and is_name(x.parts[0]):
+        return same(x.parts[1], y.parts[1])
+    if x.sort in ("=", "≠", "<", "≤"):
+        u, v = [combine(side.parts[1], "-", side.parts[0]) for side in (x, y)]
+        return proportional(u, v, positive=x.sort in "<≤")
+    if x.sort in (",", "∪") and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
+        return among(x.parts, y.parts) and among(y.parts, x.parts)
+    return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
+
+def among(xs: list, ys: list) -> bool:
+    return all(any(same(x, y) for y in ys) for x in xs)
 
 def extract_boxed(text: str) -> str | None:
     r"""What the last closed \boxed{...} holds, in one pass."""
-    starts, last = [], ""
+    starts, last = [], ""           # where open braces began, 0 for those without \boxed
     for match in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.S):
         if match[0] == "}" and starts:
             start = starts.pop()
@@ -459,15 +539,30 @@ def extract_boxed(text: str) -> str | None:
             starts.append(match.end() if match[1] else 0)
     return last.strip() or None
 
+def read(tokens: list[str], percent: Rational) -> "Expr | Compound":
+    for mark, left, right in zip(["", *tokens], tokens, tokens[1:]):
+        if left[-1].isdigit() and right[0].isdigit() and mark != "_":   # unlike \log_2 8
+            raise ValueError("two numbers side by side")
+    reader = Reader(tokens, percent)
+    value = reader.expression()
+    if reader.rest != [""]:
+        raise ValueError("more after the answer")
+    return value
+
 def same_answer(a: str, b: str) -> bool:
     """Are two bare answers equal, by the conventions at the top of this file?"""
     a, b = a.strip(), b.strip()
     if a == b or not a or not b or max(len(a), len(b)) > MAX_CHARS:
         return a == b != ""
-    LOCAL.mp = getattr(LOCAL, "mp", None) or MPContext()
     x, y = tokenise(a), tokenise(b)
-    percents = (1, 100) if ("%" in x) != ("%" in y) else (1,)
-    return x == y != [] or any(all(agree(x, y, p, *run) for run in PASSES) for p in percents)
+    if x == y:
+        return x != []
+    one_sided = ("%" in x) != ("%" in y)
+    for percent in (Integer(1), Rational(1, 100)) if one_sided else (Integer(1),):
+        with LOCK, contextlib.suppress(Exception):     # any text: unreadable, too deep, too large
+            if same(read(x, percent), read(y, percent)):
+                return True
+    return False
 
 def grade(response: str, gold: str) -> bool:
     r"""Reward: does the last \boxed{...} of the response hold the gold answer?"""
@@ -1041,7 +1136,7 @@ class Trainer:
             if step % cfg.save_every == 0 or step == cfg.steps:
                 self.save(f"step_{step:06d}")
             self.save("last")
-            refuse(self.failures >= 5, "loss or gradient not finite five times in a row; lower --lr")
+            refuse(self.failures >= 5, "loss not finite five times in a row; lower --lr")
         bar.close()
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
