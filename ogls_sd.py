@@ -368,7 +368,7 @@ def power(x: Expr, y: Expr) -> Expr:
     return Pow(x, y, evaluate=exact and y.is_Integer)
 
 def call(function, limit: int, *args: Expr) -> Expr:
-    exact = all(bounded(arg, limit).is_Rational for arg in args)
+    exact = all([bounded(arg, limit).is_Rational for arg in args])  # a list: every one is checked
     return function(*args, evaluate=exact)
 
 class Reader:
