@@ -68,7 +68,8 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-if multiprocessing.current_process().name != "MainProcess":  # vLLM's engine imports this file
+# vLLM's engine is a process of its own that imports this file.
+if multiprocessing.current_process().name != "MainProcess" and sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the trainer is killed, it dies as well
 
 # ==== 1. Config: every setting, its meaning and where its value comes from ========================
