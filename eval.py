@@ -262,12 +262,13 @@ def scores(run: Path, output: Path) -> pd.Series:
     return pd.Series([y for _, y in points], [x for x, _ in points], float).groupby(level=0).mean()
 
 def plot(args: argparse.Namespace) -> None:
+    logs = {run: pd.DataFrame(read_log(run / "metrics.jsonl")) for run in args.plot}
+    for run, log in logs.items():
+        refuse(log.empty, f"--plot {run}: no metrics.jsonl with a step in it; give a run's folder")
     with explained("--plot needs matplotlib: pip install matplotlib"):
         import matplotlib.pyplot as plt
     figure, axes = plt.subplots(5, 1, figsize=(9, 14), sharex=True, layout="constrained")
-    for i, run in enumerate(args.plot):
-        log = pd.DataFrame(read_log(run / "metrics.jsonl"))
-        refuse(log.empty, f"--plot {run}: no metrics.jsonl with a step in it; give a run's folder")
+    for i, (run, log) in enumerate(logs.items()):
         for ax, (key, title) in zip(axes, PANELS.items()):
             values = log.set_index("step")[key].dropna() if key in log else scores(run, args.output)
             smooth = values.rolling(max(3, len(log) // 10) if key in log else 1, 1, center=True)
