@@ -56,7 +56,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 import transformers
-from sympy import Add, Expr, Float, Integer, Mul, Number, Pow, Rational, Symbol, nan, oo
+from sympy import Add, Expr, Integer, Mul, Pow, Rational, nan, oo
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -138,12 +138,11 @@ def parse_args(argv: list[str] | None = None) -> Config:
         parser.set_defaults(**TOY)
     with explained("{reason}; see --help"):
         cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    can_be_0 = ("top_k", "strength", "ramp_steps", "clip", "tail_weight", "lr", "seed")
     for name, value in asdict(cfg).items():
-        low = 0 if isinstance(value, float) or name in ("top_k", "ramp_steps", "seed") else 1
-        bad = type(value) in (int, float) and not low <= value < 2**63
-        bad |= name in ("temperature", "max_grad_norm", "top_p", "vllm_memory") and value == 0
-        bad |= name in ("top_p", "vllm_memory") and value > 1
-        refuse(bad, f"--{name.replace('_', '-')} cannot be {value}; see --help")
+        low, high = 0 if name in can_be_0 else 1e-9, 1 if name in ("top_p", "vllm_memory") else 2**62
+        refuse(type(value) in (int, float) and not low <= value <= high,
+               f"--{name.replace('_', '-')} cannot be {value}; see --help")
     return cfg
 
 # ==== 2. Data: problems and the two prompts =======================================================
@@ -186,9 +185,9 @@ def load_problems(source: str) -> tuple[list[Problem], int]:
 
 def plain_text(tokenizer, text: str) -> str:
     """Text that cannot act on the chat template: a guide with <|im_end|> would close the turn."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    text = text.rpartition("</think>")[2]
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    for token in (*special, "<think>", "</think>"):
+    for token in (*special, "<think>"):
         text = text.replace(token, " ")  # by a space, so that no removal can join a new one
     return text.strip()
 
@@ -207,308 +206,189 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
     return user_turn(tokenizer, thinking, TEACHER_TEMPLATE, problem=problem, guide=guide)
 
 # ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
-#
+
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
-# exact: 0.3333 is not 1/3. 1\frac45 is the mixed number 9/5, 12,345 one number. Lists and \{sets\}
-# are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets decide
-# the kind of an interval, and x \in [1,2), 1 \le x < 2 and [1,2) are one answer. x = 5 equals 5,
-# but not y = 6. 1 \pm 2 is the list 3, -1. Equations are equal up to a constant factor,
-# inequalities up to a positive one; expressions when they agree at sample points of both signs.
-# 2516_8 equals only itself; \log is base 10; roots of negatives are complex. Sums, limits, floors
-# and sentences are equal as text only.
-#
-# `tokenise` cleans the text, `Reader` makes sympy objects of it, `same` compares those. No text is
-# run as code, and sizes are checked before sympy is asked to build or evaluate anything.
+# exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists and
+# \{sets\} are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
+# decide the kind of an interval, which 1 \le x < 2 is too. x = 5 equals 5, but not y = 6. Equations
+# are equal up to a constant factor, inequalities up to a positive one. \log is base 10. Sums,
+# limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
+# `tokenise` cleans the text, `read` finds its value, `same` compares values. No formula is kept: a
+# variable stands for six fixed numbers, and sympy computes with those while the text is read.
 
-MAX_CHARS, MAX_ITEMS = 1000, 20                 # of an answer; of a list compared in any order
-MAX_BITS = 50_000                               # of an exact power; also the largest exponent
-MAX_ARGUMENT, MAX_FACTORIAL = 10**30, 3000      # of functions such as sin; of ! and \binom
-MAX_WORK = 4000                                 # see `work`
-POINTS, DIGITS = 6, 350                         # of the numerical comparison
-ROUNDING, HUGE = Rational(1, 10**340), 10**300  # beyond, small terms are lost: never equal
+MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 32_000   # of an answer, unordered list, exact number
+# Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
+DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), Rational(1, 10**120)
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
-
-# Text to tokens: several spellings of one sign, then rewrites in this order.
 ALIASES = {name: sign for sign, names in {
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "<": r"\lt",
-    ">": r"\gt", "∈": r"\in", "∪": r"\cup", "±": r"\pm", "∓": r"\mp", "*": r"\cdot \times × ·",
-    "/": r"\div ÷ ⁄", "-": "− – —", "∞": r"\infty", "π": r"\pi", "|": r"\vert \lvert \rvert \mid",
-    "%": r"\% percent pct", r"\sqrt": "√ sqrt", ",": r"; \\", ":": "&", r"\{": r"\lbrace",
-    r"\}": r"\rbrace", r"\varnothing": r"\emptyset ∅", r"\dots": r"\ldots \cdots",
-}.items() for name in names.split()}
+    "": r"\left \right \big \bigl \bigr \Bigl \Bigr \! \( \) \[ \]", "≤": r"\le \leq <=", ":": "&",
+    " ": r"\displaystyle \boxed \quad ~ $ \$ \, \; \: " "\\", r"\power{1/2}": r"\sqrt √ sqrt",
+    "≥": r"\ge \geq >=", "≠": r"\ne \neq !=", "<": r"\lt", ">": r"\gt", "∈": r"\in", "∪": r"\cup",
+    "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄", "-": "− – —", "|": r"\lvert \rvert",
+    "%": r"\% percent pct", ",": r"; \\", "…": r"\dots \ldots \cdots", "°": r"\circ", "π": r"\pi",
+    r"\text": r"\mbox \textbf \textrm \textnormal \mathrm", "∞": r"\infty", "θ": r"\theta",
+    r"\frac": r"\dfrac \tfrac \cfrac", "e^": r"\exp"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    # typesetting, $, matrix environments, thousands 12{,}345, sin 30° in radians, degrees, spaces
-    (r"\\(?:displaystyle|boxed|left|right|[bB]igg?[lr]?)(?![a-z])|\\?\$", " "),
-    (r"(?:\\\\)?\s*\\(begin|end)\s*\{(?:[pb]?matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),
-    (r"(\\(?:sin|cos|tan))\s*[({]?\s*([\d.]+)\s*\^\s*\{?\\circ\s*[)}]*", r"\1(\2π/180)"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-z])|~", " "),
-    # thousands 12,345 outside brackets
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
+    (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
+    (r"\\?[a-zA-Z]+|\\\S?|[<>!]=|[^\w\s]", lambda m: ALIASES.get(m[0], m[0])),
     (r"^[^(\[{,]*[1-9]\d{0,2}(?:,\d{3})+(?!\d)[^(\[,]*$", lambda m: m[0].replace(",", "")),
-    # \text{and} is a comma; text after something is a unit, unless it changes the value; words stay
-    (r"\\(?:text|math)(?:rm|bf|it|sf|normal)?\s*\{([^{}]*)\}", r" \\text{\1}"),
-    (r"(?:,\s*)?(?:\\text\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"(\S)(?:[\s/]*\\text\{(?!\s*(?:i\}|[mbtr]+illion|thousand|dozen|pct|percent))"
-     r"[^{}]*[a-zA-Z][^{}]*\}(?:\^\{?-?[123]\}?)?)+\s*\.?\s*$", r"\1"),
-    (r"\\text\{([^{}]*)\}", r"\1 "),
-    # bare units after a number: 5 square meters
-    (r"(?<=[\d}])(?:\s*\b(?!\w*illion|thousand|dozen|percent)(?:[a-z]{4,}|[ckm]m|kg|mph|ft|deg)\b"
-     r"(?:\^\{?[23]\}?)?)+\s*$", ""),
-    # \dfrac12 is \frac{1}{2}, x^-2 is x^{-2}; mixed numbers 1\frac45 and 1 4/5 become sums
-    (r"\\[dtc](?=frac|binom)", r"\\"), (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),
-    (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\^\s*-\s*(\d+|[a-z])", r"^{-\1}"),
-    (r"(?<![\d.}_^])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<=\s)\d+\s*[/⁄]\s*\d+)", r"(\1+\2)"),
-]]
-TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+|\.(?=/))?(?:[eE][+-]?\d{1,4}(?![\w.]))?|\.\d+|"
-                   r"[a-zA-Z]{4,}|pct|[yY]es|[nN]o(?![a-zA-Z])|[<>!]=|\S")
-PLUS_MINUS = [str.maketrans("±∓", signs) for signs in ("+-", "-+")]
-# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, POWER one factor of it.
-LIST, RELATION, UNION, SUM, PRODUCT, SIDE_BY_SIDE, POWER = range(7)
-LEVELS = {",": LIST, **dict.fromkeys("=<>≤≥≠∈", RELATION), "∪": UNION, ":": UNION, "+": SUM,
-          "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
-RELATIONS, FLIPPED, SIGNS = set("=<>≤≥≠∈"), {">": "<", "≥": "≤"}, ("+", "-")
-OPEN, CLOSE = set(r"( [ { \{ | \begin".split()), set(r") ] } \} | \end".split())
-UNREAD = set(r"\sum \int \prod \lim \lfloor \rfloor \lceil \rceil".split())
-STOPS = {"", "_"} | UNREAD | CLOSE - {"|"}
-CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "∞": oo}
+    # \text{and} is a comma; words after a number and text after anything are units: 5 square cm
+    (r"(?:,\s*)?(?:\\text\s*\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
+    (r"(?<=[\d}])((?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|mph|ft)\b)+)", r"\\text{\1}"),
+    (r"(?<=\S)([\s/]*\\text *\{(?! *i\}|[^{}]*(illion|sand|%))[^{}]*\}(\^\{?[23]\}?)?)+$", ""),
+    (r"\\text\s*\{([^{}]*)\}", r"\1 "),
+    # matrix environments, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45 and 1 4/5
+    (r"(?:,\s*)?\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
+    (r"\|([^|]+)\|", r"\\Abs(\1)"),
+    (r"(\\(?:sin|cos|tan)[^a-z°]*?)\^?\s*\{?\s*°\s*\}?", r"\1(π/180)"),
+    (r"(\\[a-z]{2,6})\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),
+    (r"\\log(?:\s*_\s*(\w|\{[^{}]*\}))?", lambda m: rf"\product{{1/\ln {m[1] or 10}}}\ln "),
+    (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)")]]
+TOKEN = re.compile(r"(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fgh]\([^()]*\)|[a-zA-Z]{4,}|[yY]es|"
+                   r"[nN]o(?![a-zA-Z])|(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
+                   r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|[+-]\s*∞|\S")
+# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
+END, LIST, RELATION, UNION, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
+LEVELS = {op: level for level, row in enumerate([
+    r") ] } \} \end", ",", "= < > ≤ ≥ ≠ ∈", "∪ :", "+ -", "* /", "", "^ !"]) for op in row.split()}
+CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": Rational(1, 100), "°": Integer(1),
+             "∞": oo, "+∞": oo, "-∞": -oo}      # infinity is equal to itself, and not computed with
 FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
-             "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split()}
+             "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln Abs".split()}
+OPERATIONS = {"+": Add, "-": lambda x, y, **how: Add(x, -y, **how), "*": Mul, "^": Pow, **FUNCTIONS,
+              "/": lambda x, y, **how: Mul(x, Pow(y, -1, **how), **how), "!": sympy.factorial,
+              r"\power": lambda n, x, **how: Pow(x, n, **how), r"\binom": sympy.binomial}
+PREFIX = {r"\frac": "/", r"\product": "*", r"\power": r"\power", r"\binom": r"\binom"}
+INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 
-@dataclass
-class Compound:
-    """A list ",", ratio ":", union, bracket pair such as "()", or relation such as "=" or "<≤"."""
-    sort: str
-    parts: list
+class Value(NamedTuple):
+    kind: str       # "": a number; else a list ",", ratio ":", union, brackets "(]", relation "<≤"
+    parts: tuple    # the number at each sample point; else Values
+    name: bool = False      # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
 
-def sort_of(value) -> str:
-    return value.sort if isinstance(value, Compound) else ""
+def variable(name: str) -> Value:
+    """Three positive and three negative numbers, shuffled so that ab and |ab| differ somewhere."""
+    rng = random.Random(name.lower() if len(name) > 1 and name.isalpha() else name)     # Yes, yes
+    points = [sign * Rational(rng.randint(400, 1400), 500) for sign in (1, 1, 1, -1, -1, -1)]
+    return Value("", tuple(rng.sample(points, 6)), name=True)
 
 def tokenise(text: str) -> list[str]:
     """Numbers, words, commands and signs; an answer with ± becomes a list of two."""
     text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text))
-    text = unicodedata.normalize("NFKC", text.rstrip(". \\"))
+    text = unicodedata.normalize("NFKC", text)
     for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    tokens = [ALIASES.get(token, token) for token in TOKEN.findall(text.strip().rstrip("."))]
-    tokens = [t.lower() if len(t) > 1 and t.isalpha() else t for t in tokens]
-    upper, lower = [[t.translate(table) for t in tokens] for table in PLUS_MINUS]
-    return tokens if upper == lower else [*upper, ",", *lower]
+        text = pattern.sub(new, text.strip().rstrip(". "))
+    text = ",".join({text.replace("±", sign): None for sign in "+-"})
+    return [re.sub(r"[{}\s]", "", t) if len(t) > 2 else t for t in TOKEN.findall(text)]
 
-def work(x: Expr) -> int:
-    """Bound on evaluations: sympy takes products twice, and sums that cancel three times."""
-    return 1 + (3 if x.is_Add else 2) * sum(work(arg) for arg in x.args)
+def settled(x: Expr, zero: Expr) -> Expr:
+    """x, but 0 if it is smaller than `zero`, and nan if it is out of range."""
+    size = sum(map(abs, x.as_real_imag()))      # sympy's Abs is slow
+    if size == 0 or size < zero:
+        return Integer(0)
+    return x if 1 / LARGEST <= size <= LARGEST else nan
 
-def sample(symbol: Symbol, point: int) -> Float:
-    """Its value at a sample point: a fraction of either sign at the first four, then an integer."""
-    seed = int.from_bytes(symbol.name.encode(), "big")
-    size = Rational(seed * 7919 ** (point + 1) % 1_000_003 + 400_000, 500_000)
-    # a Float, because sympy at times substitutes first, and exact powers could be enormous
-    return Float(size * (-1) ** (seed + point) if point < 4 else seed % 5 + point, DIGITS)
+@lru_cache(1000)    # a constant is the same at every sample point
+def compute(sign: str, *args: Expr) -> Expr:
+    """Exact where it can be, else to DIGITS digits; nan where it is undefined or too large."""
+    operation, first, last = OPERATIONS[sign], args[0], args[-1]
+    if all(x.is_Rational for x in args) and (sign in ("+", "-", "*", "/") or (
+            last.is_Integer and (first.p * first.q).bit_length() * abs(last) <= MAX_BITS)):
+        number = operation(*args)
+        if number.is_Rational:
+            return number if (number.p * number.q).bit_length() <= MAX_BITS else nan
+    if sign in ("!", r"\binom") or nan in [settled(x, 0) for x in args]:
+        return nan
+    number = operation(*args, evaluate=False).evalf(DIGITS)
+    return settled(number, 0 if sign in ("^", r"\power") else ROUNDING)     # \sin \pi is 0
 
-def size(x: Expr) -> Expr:
-    """The larger of |Re x| and |Im x|, since sympy's Abs is slow; nan where x is not finite."""
-    parts = x.as_real_imag()
-    return max(map(abs, parts)) if all(p.is_Number and p.is_finite for p in parts) else nan
+def apply(sign: str, *args: Value) -> Value:
+    """The operation at every sample point; an error where an argument is a list or the like."""
+    numbers = tuple(compute(sign, *point) for point in zip(*(value.parts for value in args)))
+    return Value("", numbers, sign not in ("+", "-") and all(value.name for value in args))
 
-@lru_cache(1000)    # for long lists, where each part is compared with many
-def values(x: Expr) -> list[Expr]:
-    """x at the sample points, as Float or Float + Float*I; nan where it has no finite value."""
-    if work(x) > MAX_WORK:
-        raise ValueError("too much to evaluate")
-    results = []
-    for point in range(POINTS if x.free_symbols else 1):
-        results.append(nan)
-        with contextlib.suppress(ValueError, TypeError, ZeroDivisionError, NotImplementedError):
-            at = {symbol: sample(symbol, point) for symbol in x.free_symbols}
-            number = x.evalf(DIGITS, subs=at, maxn=DIGITS)
-            if size(number) is not nan:     # zeros are found only up to rounding
-                results[-1] = number if size(number) > ROUNDING else Integer(0)
-    return results if x.free_symbols else results * POINTS
-
-def bounded(x: Expr, limit: int) -> Expr:
-    """x, if its size is at most `limit` wherever it has a value."""
-    found = [x] if x.is_Rational else values(x)
-    if any(value is not nan and size(value) > limit for value in found):
-        raise ValueError("too large")
-    return x
-
-def combine(x: Expr, sign: str, y: Expr) -> Expr:
-    """x sign y: computed if both are numbers, else only written down, as a flat sum or product."""
-    if sign == "-":
-        y = combine(Integer(-1), "*", y)
-    if sign == "/":
-        y = power(y, Integer(-1))
-    if any(side.is_Rational and abs(side.p) >> 4 * MAX_BITS for side in (x, y)):
-        raise ValueError("too large")
-    operation = Add if sign in SIGNS else Mul
-    terms = [term for side in (x, y) for term in (side.args if type(side) is operation else [side])]
-    return operation(*terms, evaluate=isinstance(x, Number) and isinstance(y, Number))
-
-def power(x: Expr, y: Expr) -> Expr:
-    exact = x.is_Rational and y.is_Rational
-    bounded(y, MAX_BITS // max(abs(x.p), x.q).bit_length() if exact else MAX_BITS)
-    return Pow(x, y, evaluate=exact and y.is_Integer)
-
-def call(function, limit: int, *args: Expr) -> Expr:
-    exact = all([bounded(arg, limit).is_Rational for arg in args])  # a list: every one is checked
-    return function(*args, evaluate=exact)
-
-class Reader:
-    """Recursive descent from tokens to a sympy expression or a Compound of them."""
-
-    def __init__(self, tokens: list[str], percent: Rational):
-        self.rest = ["", *reversed(tokens)]     # the next token is rest[-1]; "" is the end
-        self.constants = {**CONSTANTS, "%": percent}
-        self.bars = 0                           # | signs now open: another one closes the last
-
-    def expression(self, level: int = LIST):
-        """The longest expression whose operators bind at least as tightly as `level`."""
-        value = self.atom()
-        while self.binding() >= level:
-            token = self.rest.pop() if self.rest[-1] in LEVELS else "*"
-            if token == "^":
-                value = power(value, self.atom())
-            elif token == "!":
-                value = call(sympy.factorial, MAX_FACTORIAL, value)
-            elif LEVELS[token] < SUM:
-                value = self.compound(value, token, self.expression(LEVELS[token] + 1))
-            else:
-                value = combine(value, token, self.expression(PRODUCT if token in SIGNS else POWER))
-        return value
-
-    def binding(self) -> int:
-        """How tightly the next token binds to the value before it; -1 if it does not."""
-        token = self.rest[-1]
-        word = len(token) > 1 and token.isalpha()
-        if token in STOPS or token == "|" and self.bars or word:
-            return -1
-        # \sin 2x \cos x: a function ends the argument before it, a letter does not
-        return LEVELS.get(token, PRODUCT if token in FUNCTIONS else SIDE_BY_SIDE)
-
-    def compound(self, left, sign: str, right) -> Compound:
-        """A list, ratio, union or chain of relations, made longer; > and ≥ are turned round."""
-        if sign not in RELATIONS:
-            parts = [side.parts if sort_of(side) == sign else [side] for side in (left, right)]
-            return Compound(sign, parts[0] + parts[1])
-        chain = left if sort_of(left)[:1] in RELATIONS else Compound("", [left])
-        if sign in FLIPPED:
-            return Compound(FLIPPED[sign] + chain.sort, [right, *chain.parts])
-        return Compound(chain.sort + sign, [*chain.parts, right])
-
-    def atom(self):
-        token = self.rest.pop()
-        if token in SIGNS:
-            return combine(Integer(-1 if token == "-" else 1), "*", self.expression(PRODUCT))
-        if token in OPEN:
-            return self.bracket(token)
-        if token in FUNCTIONS:
-            return self.function(token)
-        if token[0] in ".0123456789" and self.rest[-1] != "_":
-            return Rational(token)
-        if token == r"\frac":
-            return combine(self.atom(), "/", self.atom())
-        if token == r"\binom":
-            return call(sympy.binomial, MAX_FACTORIAL, self.atom(), self.atom())
-        if token == r"\sqrt":
-            degree = self.atom() if self.rest[-1] == "[" else Integer(2)
-            return power(self.atom(), power(degree, Integer(-1)))
-        return self.constants[token] if token in self.constants else self.symbol(token)
-
-    def bracket(self, opening: str):
-        self.bars += opening == "|"
-        value = self.expression()
-        closing = self.rest.pop()
-        self.bars -= opening == "|"
-        if closing not in CLOSE or (opening == "|") != (closing == "|"):
-            raise ValueError("bracket")
-        if opening == "|":
-            return call(sympy.Abs, MAX_ARGUMENT, value)
-        ordered = sort_of(value) == "," and "{" not in opening
-        return Compound(opening + closing, value.parts) if ordered else value
-
-    def function(self, name: str) -> Expr:
-        r"""\sin x, \sin^2 x, \log_2 x."""
-        marks = {"^": Integer(1), "_": Integer(10)}
-        while self.rest[-1] in marks:
-            mark = self.rest.pop()
-            marks[mark] = self.atom()
-        value = self.expression(POWER if self.rest[-1] == "(" else SIDE_BY_SIDE)
-        limit = MAX_BITS if name == r"\exp" else MAX_ARGUMENT
-        value = call(FUNCTIONS[name], limit, value)
-        if name == r"\log":
-            value = combine(value, "/", call(sympy.log, limit, marks["_"]))
-        return power(value, marks["^"])
-
-    def symbol(self, name: str) -> Symbol:
-        r"""A letter, word, unknown command, f(x), \overline{3} or numeral in a base: its text."""
-        if name in STOPS or not name[-1].isalnum():
-            raise ValueError(name)
-        starters = {"_", "(", "{"} if name[0] == "\\" or name in "fgh" else {"_"}
-        depth = 0
-        while depth or name[-1] == "_" or self.rest[-1] in starters:
-            token = self.rest.pop()
-            depth += (token in OPEN) - (token in CLOSE)
-            name += token.strip("{}")
-        return Symbol(name)
-
-def is_name(side) -> bool:
-    """x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y."""
-    if isinstance(side, Compound):
-        return all(is_name(part) for part in side.parts)
-    simple = not side.has(Add) and all(part.exp == -1 for part in side.atoms(Pow))
-    return simple and bool(side.free_symbols) and not Mul.make_args(side)[0].is_Number
-
-def unwrap(value):
-    """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    signs, parts = sort_of(value), getattr(value, "parts", [])
-    if signs in ("=", "∈") and is_name(parts[0]):
-        return parts[1]
-    if signs in ("<", "≤"):
-        below = is_name(parts[0])
-        signs, parts = ("<" + signs, [-oo, *parts]) if below else (signs + "<", [*parts, oo])
-    brackets = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
-    if signs in brackets and is_name(parts[1]):
-        return Compound(brackets[signs], [parts[0], parts[2]])
+def read(tokens: list[str]) -> Value:
+    r"""Recursive descent: the functions below take tokens from the end of `rest`."""
+    rest = [r"\end", *reversed(tokens)]
+    value = expression(rest, LIST)
+    if rest != [r"\end"]:
+        raise ValueError("more after the answer")
     return value
 
-def equal(x: Expr, y: Expr) -> bool:
-    """Exact for numbers, else numerical where both have a value, at two sample points or more."""
-    if isinstance(x, Number) and isinstance(y, Number):
-        return x == y != nan
-    pairs = [(u, v) for u, v in zip(values(x), values(y)) if nan not in (u, v)]
-    told_apart = 0 in (x, y) or any(u != 0 for u, v in pairs)      # both may be tiny
-    return len(pairs) >= 2 and told_apart and all(near(u, v) for u, v in pairs)
+def expression(rest: list[str], level: int) -> Value:
+    """The longest expression whose operators bind at least as tightly as `level`."""
+    value = atom(rest, level)
+    while binding(rest[-1]) >= level:
+        sign = rest.pop() if rest[-1] in LEVELS else "*"
+        right = POWER if sign in ("*", "/") else LEVELS[sign] + 1
+        operands = [value] if sign == "!" else [value, expression(rest, right)]
+        value = (apply if sign in OPERATIONS else join)(sign, *operands)
+    return value
 
-def near(u: Expr, v: Expr) -> bool:
-    """Relative to the larger of the two, but absolute where one is zero."""
-    scale = max(size(u), size(v)) if u and v else 1
-    return scale < HUGE and size(u - v) <= scale * ROUNDING
+def binding(token: str) -> int:
+    """How tightly it binds to the value before it: numbers and words do not, as in 5 million."""
+    implied = PRODUCT if token in FUNCTIONS or token in PREFIX else SIDE_BY_SIDE    # \sin x \cos x
+    return END if re.match(r"[\d.]|[a-zA-Z]{2}", token) else LEVELS.get(token, implied)
 
-def proportional(x: Expr, y: Expr, positive: bool) -> bool:
-    """Is x a constant multiple of y, and where asked a positive one?"""
-    ratios = [u / v for u, v in zip(values(x), values(y)) if nan not in (u, v) and u * v != 0]
-    ratio = ratios[0] if ratios else nan
-    return (ratio.is_positive or not positive) and equal(x, combine(ratio, "*", y))
+def join(sign: str, *sides: Value) -> Value:
+    """A list, ratio, union or chain of relations, made longer; > and ≥ are turned round."""
+    if sign in (">", "≥"):
+        return join("<" if sign == ">" else "≤", *sides[::-1])
+    left, right = [x if LEVELS.get(x.kind[:1]) == LEVELS[sign] else Value("", (x,)) for x in sides]
+    kind = left.kind + sign + right.kind if LEVELS[sign] == RELATION else sign
+    return Value(kind, left.parts + right.parts, all(x.name for x in left.parts + right.parts))
 
-def same(x, y) -> bool:
+def atom(rest: list[str], level: int = ATOM) -> Value:
+    token = rest.pop()
+    if token in ("+", "-"):     # -2^2 is -(2^2), but x^-2y is x^{-2} y
+        return apply(token, read(["0"]), expression(rest, max(level, PRODUCT)))
+    if token in ("(", "[", "{", r"\{", r"\begin"):
+        value, closing = expression(rest, LIST), rest.pop()
+        if LEVELS.get(closing) != END:
+            raise ValueError("bracket")
+        ordered = value.kind == "," and "{" not in token
+        return value._replace(kind=token + closing) if ordered else value
+    if token in FUNCTIONS:
+        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
+    if token in PREFIX:
+        return apply(PREFIX[token], atom(rest), atom(rest))
+    if token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
+        return Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
+    if re.match(r"[^\W_]|…", token):     # a letter, a word, x_1, f(2), a base's numeral
+        return variable(token)
+    raise ValueError(token)
+
+def unwrap(value: Value) -> Value:
+    """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
+    if value.kind in ("=", "∈") and value.parts[0].name:
+        return value.parts[1]
+    if value.kind in ("<", "≤"):        # one end is at infinity
+        below = value.parts[0].name
+        value = join("<", read(["-∞"]), value) if below else join("<", value, read(["∞"]))
+    if value.kind in INTERVALS and value.parts[1].name:
+        return Value(INTERVALS[value.kind], value.parts[::2])
+    return value
+
+def equal(xs: tuple, ys: tuple) -> bool:
+    """The same number at two sample points or more, and another one at none."""
+    pairs = [(x, y) for x, y in zip(xs, ys) if nan not in (x, y)]
+    return len(pairs) > 1 and all(x == y or compute("-", x, y) == 0 for x, y in pairs)
+
+def same(x: Value, y: Value) -> bool:
     """Equality of two values by the conventions at the top."""
-    if sort_of(x) != sort_of(y):
+    if x.kind != y.kind:
         x, y = unwrap(x), unwrap(y)
-    if sort_of(x) != sort_of(y):
-        return False
-    if isinstance(x, Expr):
-        return equal(x, y)
-    if x.sort in ("=", "∈") and x.parts[0] == y.parts[0] and is_name(x.parts[0]):
-        return same(x.parts[1], y.parts[1])
-    if x.sort in ("=", "≠", "<", "≤"):
-        u, v = [combine(side.parts[1], "-", side.parts[0]) for side in (x, y)]
-        return proportional(u, v, positive=x.sort in "<≤")
-    if x.sort in (",", "∪") and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
-        return among(x.parts, y.parts) and among(y.parts, x.parts)
+    if x.kind == "" or x.kind != y.kind:
+        return x.kind == y.kind and equal(x.parts, y.parts)
+    if x.kind in ("=", "≠", "<", "≤") and not any(part.kind for part in x.parts + y.parts):
+        ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
+        right_sign = ratios[0] != 0 if x.kind in "=≠" else bool(ratios[0].is_positive)
+        return right_sign and equal(ratios, ratios[:1] * 6)
+    if x.kind in (",", "∪") and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
+        matches = [[same(part, other) for other in y.parts] for part in x.parts]
+        return all(map(any, matches)) and all(map(any, zip(*matches)))
     return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
-
-def among(xs: list, ys: list) -> bool:
-    return all(any(same(x, y) for y in ys) for x in xs)
 
 def extract_boxed(text: str) -> str | None:
     r"""What the last closed \boxed{...} holds, in one pass."""
@@ -521,29 +401,16 @@ def extract_boxed(text: str) -> str | None:
             starts.append(match.end() if match[1] else 0)
     return last.strip() or None
 
-def read(tokens: list[str], percent: Rational) -> "Expr | Compound":
-    for mark, left, right in zip(["", *tokens], tokens, tokens[1:]):
-        if left[-1].isdigit() and right[0].isdigit() and mark != "_":   # unlike \log_2 8
-            raise ValueError("two numbers side by side")
-    reader = Reader(tokens, percent)
-    value = reader.expression()
-    if reader.rest != [""]:
-        raise ValueError("more after the answer")
-    return value
-
 def same_answer(a: str, b: str) -> bool:
-    """Are two bare answers equal, by the conventions at the top of this file?"""
-    a, b = a.strip(), b.strip()
-    if a == b or not a or not b or max(len(a), len(b)) > MAX_CHARS:
-        return a == b != ""
+    """Are two bare answers equal, by the conventions at the top of this section?"""
+    if max(len(a), len(b)) > MAX_CHARS:
+        return a == b
     x, y = tokenise(a), tokenise(b)
     if x == y:
         return x != []
-    one_sided = ("%" in x) != ("%" in y)
-    for percent in (Integer(1), Rational(1, 100)) if one_sided else (Integer(1),):
-        with LOCK, contextlib.suppress(Exception):     # any text: unreadable, too deep, too large
-            if same(read(x, percent), read(y, percent)):
-                return True
+    with LOCK, contextlib.suppress(Exception):     # any text: unreadable or too deep
+        return same(read(x), read(y)) or ("%" in x) != ("%" in y) and same(
+            *[read([token for token in side if token != "%"]) for side in (x, y)])
     return False
 
 def grade(response: str, gold: str) -> bool:
@@ -764,17 +631,15 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
     """The teacher's final hidden states on all responses, one guide after the other, eq. (10).
     Response token t is predicted at position P - 1 + t.  A guide's prompt (P tokens) is read once
     and all responses on top of it.  States beyond a response's end are padding."""
+    model.eval()  # in train mode gradient checkpointing would drop the cache without a word
     full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
     for prompt in guides:
-        cache, training = PrefixCache(), model.training
-        model.eval()  # in train mode gradient checkpointing would drop the cache without a word
+        cache = PrefixCache()
         with torch.no_grad(), adapter_off(model):
             ids = torch.tensor([prompt], device=model.device)  # (1, P)
-            first = model.base_model(ids, past_key_values=cache).last_hidden_state[:, -1]  # (1, d)
+            first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
             cache.frozen = True
-            shape = len(responses), max(map(len, responses)), first.shape[-1]
-            hidden = first.new_zeros(shape)  # (R, T, d)
-            hidden[:, 0] = first
+            hidden = first.repeat(len(responses), max(map(len, responses)), 1)  # (R, T, d)
             for rows in micro_batches([len(prompt) + len(y) for y in responses], budget):
                 ids = pad_right([responses[i] for i in rows], model.device)  # (B, T)
                 T = ids.shape[1]
@@ -783,7 +648,6 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
                 mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
                 out = model.base_model(ids, past_key_values=cache, attention_mask=mask)
                 hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
-        model.train(training)
         yield hidden
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
@@ -800,15 +664,10 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     no (T, V) logits are kept for each of G + 2 teacher passes."""
     return anchor + strength * (positive - negative)
 
-METHODS = {  # what is trained on, and the pools that must not be empty
-    "ogls": ("wrong", ("anchor", "positive", "negative")),
-    "opsd": ("all", ("reference",)),
-    "pos-mean": ("all", ("positive",)),
-    "pos-only": ("wrong", ("anchor", "positive")),
-    "grpo": ("all", ()),
-    "sft": ("reference", ("reference",)),
-}
-
+# The rollouts trained on, and the pools that are read and must not be empty.
+METHODS = {"ogls": ("wrong", ("anchor", "positive", "negative")), "opsd": ("all", ("reference",)),
+           "pos-mean": ("all", ("positive",)), "pos-only": ("wrong", ("anchor", "positive")),
+           "grpo": ("all", ()), "sft": ("all", ("reference",))}
 # Targets from (anchor, mean positive, mean negative, reference, strength), all (R, T, d).
 TARGETS: dict[str, Callable[..., Tensor]] = {
     "ogls": lambda z0, pos, neg, ref, strength: steer(z0, pos, neg, strength),  # eq. (13)
@@ -829,17 +688,14 @@ def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "f
     terms = p.exp() * (p - q)
     return (terms.clamp(-clip, clip) if clip else terms).sum(-1)
 
-def distill_backward(
-    hidden: Tensor,  # (N, d) the student's, with their graph
-    target: Tensor | None,  # (N, d) steered states in float32; None: the loss is -log p(token)
-    tokens: Tensor,  # (N,) what each position predicts
-    weights: Tensor,  # (N,) of each position in the loss
-    head: tuple[Tensor, Tensor | None],  # (V, d) and (V,), float32: lambda multiplies rounding
-    cfg: Config,
-) -> Tensor:  # (3, N) loss before the weight, its unclipped value, log p(token)
+def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights: Tensor,
+                     head: tuple[Tensor, Tensor | None], cfg: Config) -> Tensor:  # (3, N)
     """Eqs. (15)-(16): the weighted sum of a loss per position, and its backward into the model.
-    `head_chunk` positions at a time, each chunk with a backward of its own down to the hidden
-    states, then one backward through the model: logits of all N positions never exist together."""
+    hidden (N, d) are the student's, with their graph; target (N, d) steered states, or None: the
+    loss is -log p(token); tokens (N,) what each position predicts; weights (N,) in the loss; head
+    (V, d) and (V,) in float32, since lambda multiplies rounding.  Returns the loss before its
+    weight, its unclipped value, log p(token).  `head_chunk` positions at a time go down to the
+    hidden states, then all at once through the model: no logits of all N positions exist."""
     grad, out = torch.zeros_like(hidden, dtype=torch.float32), weights.new_zeros(3, len(tokens))
     for at in range(0, len(tokens), cfg.head_chunk):
         part = slice(at, at + cfg.head_chunk)
@@ -957,10 +813,8 @@ class Trainer:
 
     def guide_prompt(self, problem: Problem, guide: str) -> list[int]:
         """A guide that is too long keeps its end, where the answer stands [us]."""
-        guide = plain_text(self.tokenizer, guide)  # first, or half a think block would stay
-        ids = self.tokenizer.encode(guide, add_special_tokens=False)
-        if len(ids) > self.cfg.guide_tokens:
-            guide = self.tokenizer.decode(ids[-self.cfg.guide_tokens :])
+        ids = self.tokenizer.encode(guide, add_special_tokens=False)[-self.cfg.guide_tokens :]
+        guide = self.tokenizer.decode(ids)
         return teacher_prompt(self.tokenizer, problem.problem, guide, self.cfg.thinking)
 
     def update(self, examples: list[Rollout]) -> dict:

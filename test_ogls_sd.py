@@ -155,7 +155,6 @@ def test_guided_hidden_equals_full_forwards_in_any_order_and_batch(trainer):
                     full = run.model.base_model(torch.tensor([guide + response]))
                 mine = full.last_hidden_state[0, len(guide) - 1 : -1]
                 torch.testing.assert_close(row[: len(response)], mine, rtol=1e-4, atol=1e-5)
-    assert run.model.training
 
 def test_pools_and_the_reasons_to_skip(trainer):
     run = trainer()
