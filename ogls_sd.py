@@ -1,18 +1,18 @@
 """OGLS-SD in one file: on-policy self-distillation with outcome-guided logit steering.
 
 A readable reference of Yang, Wang and Zhang, arXiv:2605.12400, to read beside the paper, run on one
-GPU and fork.  In: a model and problems with answers; out: LoRA checkpoints.  Equation numbers are
-those of v1 (12 May 2026).  Algorithm 1, for each question x:
+GPU and fork; equation numbers are those of v1.  In: a model and problems with answers; out: LoRA
+checkpoints.  Algorithm 1, for each question x:
   1. sample G rollouts y_1..y_G from the student and grade them, r_j = 0 or 1           eqs. (4)-(5)
   2. pools: P+ = correct rollouts and the reference solution s, P- = wrong rollouts     eqs. (6)-(9)
   3. the teacher reads each wrong y_j under every guide g; Delta = mean over P+ - P-  eqs. (10)-(11)
   4. target: the teacher's unguided logits z0, steered: zT = z0 + lambda Delta        eqs. (12)-(14)
   5. pull the student toward softmax(zT) at the tokens of the wrong rollouts          eqs. (15)-(16)
 Glossary
-  x question    s reference solution    y rollout, as token ids    r outcome, 1 = correct
-  g guide: a solution or rollout that the teacher is shown in its prompt    P+ P- pools of guides
-  z0 anchor     Delta direction         lambda strength            zT steered target
-  theta student: base weights and LoRA adapter    theta' teacher: the same base, adapter off
+  x question   s reference solution   y rollout, as token ids   r outcome, 1 = correct
+  g guide: a solution or rollout that the teacher is shown in its prompt   P+ P- pools of guides
+  z0 anchor   Delta direction   lambda strength   zT steered target
+  theta student: base weights and LoRA adapter   theta' teacher: the same base, adapter off
   Axes: B sequences of a batch, R responses to a question, L padded length, P prompt, T response
   tokens, N trained positions of a batch, d hidden width, V vocabulary, r LoRA rank
 Departures from the paper, each marked again where it happens (README has the source of every value)
@@ -20,7 +20,7 @@ Departures from the paper, each marked again where it happens (README has the so
   - Forward KL, from readers' notes on v2 [v2]; `--kl reverse` is eq. (15) as printed in v1.
   - 32 questions an update [OPSD], one in Algorithm 1; lambda ramps up linearly [us].
   - A rollout that is cut off or has no box counts as wrong, and so is a negative guide [us].
-
+Commands
     python ogls_sd.py --model Qwen/Qwen3-1.7B                                  # one GPU
     python ogls_sd.py --toy --output-dir runs/toy                              # any machine
     python ogls_sd.py --model Qwen/Qwen3-1.7B --output-dir runs/ogls --resume  # go on
@@ -226,7 +226,7 @@ ALIASES = {name: sign for sign, names in {
     "≥": r"\ge \geq >=", "≠": r"\ne \neq !=", "<": r"\lt", ">": r"\gt", "∈": r"\in", "∪": r"\cup",
     "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄", "-": "− – —", "|": r"\lvert \rvert",
     "%": r"\% percent pct", ",": r"; \\", "…": r"\dots \ldots \cdots", "°": r"\circ", "π": r"\pi",
-    r"\text": r"\mbox \textbf \textrm \textnormal \mathrm", "∞": r"\infty", "θ": r"\theta",
+    r"\text": r"\mbox \textbf \textrm \textnormal \mathrm", "∞": r"\infty",
     r"\frac": r"\dfrac \tfrac \cfrac", "e^": r"\exp"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
@@ -355,7 +355,8 @@ def atom(rest: list[str], level: int = ATOM) -> Value:
         return apply(PREFIX[token], atom(rest), atom(rest))
     if token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
         return Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
-    if re.match(r"[^\W_]|…", token):     # a letter, a word, x_1, f(2), a base's numeral
+    # a letter, a word, x_1, f(2), a base's numeral, a Greek letter
+    if re.match(r"[^\W_]|…|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
         return variable(token)
     raise ValueError(token)
 
@@ -425,13 +426,12 @@ class LoRALinear(nn.Module):
     """W x + (alpha / r) B A x.  W is the teacher's as well: frozen, and never merged into.
     A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: int, generator: torch.Generator):
+    def __init__(self, base: nn.Linear, rank: int, alpha: int):
         super().__init__()
-        bound = base.in_features**-0.5
-        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.base, self.scale, self.enabled = base, alpha / rank, True
-        self.lora_A = nn.Parameter(start.to(base.weight.device))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank).float())
+        bound = base.in_features**-0.5
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
         if not self.enabled:
@@ -439,13 +439,13 @@ class LoRALinear(nn.Module):
         update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
         return self.base(x) + self.scale * update
 
-def add_lora(model: nn.Module, rank: int, alpha: int, seed: int = 0) -> None:
+def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
     """Freezes the model and wraps its attention and MLP projections, in place."""
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     for name, layer in list(model.named_modules()):
         if name.endswith(LORA_TARGETS):
-            model.set_submodule(name, LoRALinear(layer, rank, alpha, generator))
+            model.set_submodule(name, LoRALinear(layer, rank, alpha))
 
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """All that is trained, under PEFT's names."""
@@ -456,9 +456,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the teacher theta'."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
     try:
-        for layer in layers:
-            layer.enabled = False
         yield
     finally:
         for layer in layers:
@@ -467,18 +467,17 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
     """PEFT's format: PEFT and vLLM load the folder as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu() for name, p in adapter_tensors(model).items()}
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    safetensors.torch.save_file(adapter_tensors(model), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
         "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": LORA_TARGETS}))
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    mine = adapter_tensors(model)
     loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    fits = {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in mine.items()}
-    refuse(not fits, f"the adapter in {folder} belongs to another model or LoRA rank")
+    mine = adapter_tensors(model)
+    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (loaded, mine)]
+    refuse(shapes[0] != shapes[1], f"the adapter in {folder} is of another model or LoRA rank")
     for name, tensor in loaded.items():
         mine[name].copy_(tensor)
 
@@ -504,25 +503,21 @@ def make_rollout(tokenizer, eos: list[int], x: list[int], y: list[int], logprobs
     return Rollout(x, y[:stop], logprobs[:stop], stop is not None, text)
 
 class VLLMSampler:
-    """vLLM; new weights reach it as LoRA files."""
+    """vLLM in this process, so that it ends with the trainer.  New weights reach it as LoRA files."""
 
     def __init__(self, cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-        # In this process: the engine sees every signal and dies with the trainer.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        self.tokenizer, self.eos, self.sleep, self.calls = tokenizer, eos, cfg.sleep, 0
-        rank = max(8, 2 ** math.ceil(math.log2(cfg.lora_rank)))  # vLLM takes powers of two
+        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
+                           "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
+        self.tokenizer, self.eos, self.calls, gpu = tokenizer, eos, 0, torch.cuda.is_available()
         with explained("vLLM does not start: {reason}; lower --vllm-memory, or use --sampler hf"):
             import vllm  # only here: all that can be refused is refused before this slow minute
-            gpu = torch.cuda.is_available()
             self.llm = vllm.LLM(
-                cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory, max_loras=1,
-                enable_lora=True, max_lora_rank=rank, enable_sleep_mode=cfg.sleep,
-                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-                tensor_parallel_size=tensor_parallel, enforce_eager=not gpu,
+                cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
+                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens, enable_lora=True,
+                max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),  # a power of two
+                max_loras=1, enable_sleep_mode=cfg.sleep, tensor_parallel_size=tensor_parallel,
                 # On a CPU a prompt split into chunks and a seed of its own stop the engine.
-                enable_chunked_prefill=gpu)
+                enforce_eager=not gpu, enable_chunked_prefill=gpu)
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
@@ -532,12 +527,12 @@ class VLLMSampler:
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
         engine = self.llm.llm_engine
-        if self.sleep and self.calls:
+        if cfg.sleep and self.calls:
             self.llm.wake_up()
-        self.calls += 1
         # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
+        self.calls += 1
         lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
-        with explained("the vLLM engine has died: {reason}; go on, in training with --resume"):
+        with explained("vLLM has failed: {reason}; go on, in training with --resume"):
             for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
                 params = SamplingParams(
                     n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
@@ -546,11 +541,12 @@ class VLLMSampler:
                 engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
             while engine.has_unfinished_requests():
                 for done in engine.step():
-                    yield int(done.request_id), [
-                        make_rollout(self.tokenizer, self.eos, done.prompt_token_ids, [*out.token_ids],
-                                     [at[y].logprob for at, y in zip(out.logprobs, out.token_ids)])
+                    i = int(done.request_id)
+                    yield i, [make_rollout(
+                        self.tokenizer, self.eos, prompts[i], list(out.token_ids),
+                        [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
                         for out in done.outputs]
-        if self.sleep:
+        if cfg.sleep:
             self.llm.sleep(level=1)
 
 class HFSampler:
@@ -1013,8 +1009,8 @@ def load_model(cfg: Config) -> nn.Module:
             cfg.model, dtype=getattr(torch, cfg.dtype), use_safetensors=True)
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
-    model.to("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    model.to("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     refuse(not adapter_tensors(model), f"--model {cfg.model} has no {', '.join(LORA_TARGETS)}")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.eval()
