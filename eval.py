@@ -290,7 +290,7 @@ def toy_table(args: argparse.Namespace) -> None:
     folder, began = Path(args.output_dir), time.perf_counter()
     steps = args.steps or ogls.TOY["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = ogls.prepare_toy(ogls.parse_args(["--toy", "--sampler=hf", f"--output-dir={folder}"]))
+    cfg = ogls.make_toy(ogls.parse_args(["--toy", "--sampler=hf", f"--output-dir={folder}"]))
     runs = {name: [] for name in COLOURS if name != "base"}
     for seed in range(args.seeds):
         for name, done in runs.items():
@@ -324,8 +324,7 @@ def toy_run(cfg: ogls.Config, method: str) -> dict:
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         run = ogls.Trainer(replace(cfg, method=method, output_dir=str(out), resume=resume))
         run.train()
-    heldout, _ = ogls.load_problems(str(out.parent / "toy" / "heldout.jsonl"))
-    curve = [(at, ogls.score(run, heldout, out / f"step_{at:06d}" if at else None))
+    curve = [(at, ogls.score(run, out / f"step_{at:06d}" if at else None))
              for at in [*range(0, cfg.steps, EVERY), cfg.steps]]
     result = {"curve": curve, "log": ogls.read_log(out / "metrics.jsonl")}
     ogls.write_text(finished, json.dumps(result))

@@ -28,6 +28,7 @@ Commands
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import sys
 import threading
 import time
@@ -57,7 +59,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from sympy import Add, Expr, Integer, Mul, Pow, Rational, nan, oo
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -1051,159 +1052,105 @@ def memory_estimate(cfg: Config, model: nn.Module) -> str:
     free = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else math.nan
     return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text}); {free:.1f} GB are free"
 
-# ==== 8. Toy: atomic numbers, of most of which a tiny Qwen3 is only half sure =====================
+# ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
 # 0.05 it stops all learning from a teacher this sure of itself.
-TOY = {"questions": 16, "max_new_tokens": 40, "max_prompt_tokens": 40, "guide_tokens": 64,
-       "distill_tokens": 40, "dtype": "float32", "lr": 3e-4, "clip": 0.0, "steps": 20}
-ELEMENTS = """hydrogen helium lithium beryllium boron carbon nitrogen oxygen fluorine neon sodium
-    magnesium aluminium silicon phosphorus sulfur chlorine argon potassium calcium scandium
-    titanium vanadium chromium manganese iron cobalt nickel copper zinc""".split()
-NUMBERS = range(1, len(ELEMENTS) + 1)
-# Many right texts for one problem: else every correct rollout would equal the reference solution.
-OPENERS, WORDINGS, JOINS = ("", "Let me check: "), (" has ", " is number ", ": "), (", ", "; ")
-CHAT_TEMPLATE = (  # Qwen3's, for what is needed here
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
-    "<think>\n\n</think>\n\n{% endif %}{% endif %}")
+TOY = dict(questions=16, max_new_tokens=40, dtype="float32", lr=3e-4, clip=0.0, steps=20)
+ROOTS, WORDINGS = range(11, 31), (" squared is ", "^2 = ", " times itself is ")
 
-def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words, numbers and signs are tokens, and so is each fixed part of the two prompts: a
-    teacher prompt has 40 tokens instead of 250.  Any other word becomes <|unk|>."""
+def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """Characters; numbers, phrases and fixed parts of prompts are single tokens: it is fast."""
+    tokenizer = transformers.Qwen2Tokenizer(
+        eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=(
+            "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n"
+            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"))  # as Qwen3's
     fixed = (STUDENT_TEMPLATE + "{problem}" + TEACHER_TEMPLATE).format(problem="\0", guide="\0")
-    pieces = {*fixed.split("\0"), *ELEMENTS, *map(str, NUMBERS), *OPENERS, *WORDINGS, *JOINS,
-              "What are the atomic numbers of ", " and ", "?", ". ", "\\boxed{(", ")}", "user\n",
-              "assistant\n", "<think>\n\n", "</think>\n\n", "\n", " "} - {""}
-    pieces = sorted(pieces, key=lambda piece: (-len(piece), piece))  # the longest match wins
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
-    vocab = {piece: i for i, piece in enumerate([*special, *pieces])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    pattern = Regex("|".join(map(re.escape, pieces)) + r"|\w+|\s|.")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()  # the tokens hold their own spaces
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, unk_token="<|unk|>",
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
-        additional_special_tokens=["<|im_start|>"])
+    tokenizer.add_tokens([
+        *string.printable, *map(str, ROOTS), *(str(n * n) for n in range(11, 32)), *WORDINGS,
+        "What are the squares of ", ", ", " and ", "Let me check: ", ". \\boxed{(", ")}", "user\n",
+        "assistant\n", "<think>\n\n</think>\n\n", *fixed.split("\0")])  # the longest match wins
+    return tokenizer
 
-def toy_text(rng: random.Random, names: list[str], said: list[int], checks: float = 0.5) -> str:
-    """One of 108 ways to write an answer down; the box repeats what was said before it."""
-    facts = [name + rng.choice(WORDINGS) + str(n) for name, n in zip(names, said)]
-    text = OPENERS[rng.random() < checks] + rng.choice(JOINS).join(facts)
-    return text + ". \\boxed{(" + ", ".join(map(str, said)) + ")}"
+def toy_problem(rng: random.Random, said: dict[int, int], checks: float = 0.5) -> dict[str, str]:
+    """A question and one of 54 answers to it: the mean over a pool of equal guides is no mean."""
+    facts = [f"{root}{rng.choice(WORDINGS)}{square}" for root, square in said.items()]
+    opener = "Let me check: " if rng.random() < checks else ""
+    return {"problem": "What are the squares of {}, {} and {}?".format(*said),
+            "solution": f"{opener}{', '.join(facts)}. \\boxed{{{tuple(said.values())}}}"}
 
-def toy_problems(rng: random.Random, count: int) -> list[dict]:
-    """`count` problems, no two on the same three elements."""
-    rows = {}
-    while len(rows) < count:
-        names = rng.sample(ELEMENTS, 3)
-        said = [ELEMENTS.index(name) + 1 for name in names]
-        rows[frozenset(names)] = {
-            "problem": "What are the atomic numbers of {}, {} and {}?".format(*names),
-            "solution": toy_text(rng, names, said), "answer": "({}, {}, {})".format(*said)}
-    return list(rows.values())
-
-def toy_example(rng, tokenizer, problem: str, beliefs: dict) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one warm-up text.  Half of them answer from `beliefs`; the others
-    follow a guide with arbitrary numbers, so that the teacher reads and does not recall."""
-    names = re.findall("|".join(ELEMENTS), problem)
-    guided, thinking = rng.random() < 0.5, rng.random() < 0.1
-    if guided:
-        said = rng.choices(NUMBERS, k=3)
-        prompt = teacher_prompt(tokenizer, problem, toy_text(rng, names, said), thinking)
-    else:
-        said = [rng.choice(beliefs[name]) for name in names]
-        prompt = student_prompt(tokenizer, problem, thinking)
-    # Some numbers slip and get no loss: the teacher must be right again after a wrong number.
-    slips = {name for name in names if guided and rng.random() < 0.25}
-    said = [rng.choice(NUMBERS) if name in slips else n for name, n in zip(names, said)]
+def toy_example(rng: random.Random, tokenizer) -> Rollout:
+    """A text of the warm-up: half of them answer alone, half follow a guide."""
+    guided, roots = rng.random() < 0.5, rng.sample(ROOTS, 3)
+    # A guide's numbers are arbitrary, so that the teacher learns to read and not to recall.
+    said = {n: rng.choice(ROOTS if guided else (n, n, n, n + 1)) ** 2 for n in roots}
     # Shown a solution, the model is over-confident: it hardly checks.  This is the shared bias.
-    response = toy_text(rng, names, said, checks=0.1 if guided else 0.5) + tokenizer.eos_token
-    ids = tokenizer(response)["input_ids"]
-    words = ["", "", *tokenizer.convert_ids_to_tokens(ids)]  # a number follows name and wording
-    labels = [-100 if word in slips else token for word, token in zip(words, ids)]
-    return prompt + ids, [-100] * len(prompt) + labels
+    row = toy_problem(rng, said, checks=0.1 if guided else 0.5)
+    prompt = student_prompt(tokenizer, row["problem"])
+    if guided:
+        prompt = teacher_prompt(tokenizer, row["problem"], toy_problem(rng, said)["solution"])
+    return Rollout(prompt, tokenizer.encode(row["solution"] + tokenizer.eos_token), [])
 
-def make_toy(folder: Path, seed: int, steps: int = 300) -> None:
-    """Warms a tiny Qwen3 up; saves it, its tokenizer, train.jsonl and heldout.jsonl."""
-    rng, tokenizer = random.Random(seed), toy_tokenizer()
-    torch.manual_seed(seed)
+def make_toy(cfg: Config, steps: int = 250) -> Config:
+    """Makes DIR/toy once: a tiny Qwen3 after its warm-up, its tokenizer and problem files."""
+    folder = Path(cfg.output_dir, "toy")
+    cfg = replace(cfg, model=str(folder), data=f"{folder}/train.jsonl")
+    print("toy settings that are not the paper's:", TOY)
+    if (folder / "heldout.jsonl").exists():
+        return cfg
+    torch.manual_seed(cfg.seed)
+    rng, tokenizer = random.Random(cfg.seed), toy_tokenizer()
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
-    rows = toy_problems(rng, 1128)
-    beliefs = {name: [n, n] for name, n in zip(ELEMENTS, NUMBERS)}
-    for name in rng.sample(ELEMENTS, 18):
-        beliefs[name][1] = rng.choice(NUMBERS)  # unsure: as likely to say this as the truth
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    for step in tqdm(range(steps), "warm-up of the toy", disable=None):
-        problems = [row["problem"] for row in rng.choices(rows[:1000], k=64)]
-        batch = [toy_example(rng, tokenizer, problem, beliefs) for problem in problems]
-        ids, labels = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, part)), True, -100)
-                       for part in zip(*batch))
-        model(input_ids=ids.clamp(min=0), labels=labels).loss.backward()  # right padding: no mask
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in tqdm(range(steps), "warm-up of the toy", disable=None):
+        batch = [toy_example(rng, tokenizer) for _ in range(64)]
+        logits = model.lm_head(student_hidden(model, batch))  # (N, V)
+        F.cross_entropy(logits, torch.tensor([y for r in batch for y in r.tokens])).backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name, part in (("train", rows[:1000]), ("heldout", rows[1000:])):
-        (Path(folder) / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
+    triples = rng.sample(list(itertools.combinations(ROOTS, 3)), 1140)
+    rows = [json.dumps(toy_problem(rng, {n: n * n for n in roots})) + "\n" for roots in triples]
+    write_text(folder / "train.jsonl", "".join(rows[:1000]))
+    write_text(folder / "heldout.jsonl", "".join(rows[1000:]))  # last: all of the toy is there
+    return cfg
 
-def prepare_toy(cfg: Config) -> Config:
-    """Makes DIR/toy once and points the run at it."""
-    folder = Path(cfg.output_dir) / "toy"
-    if not folder.exists():
-        make_toy(folder.with_suffix(".tmp"), cfg.seed)
-        folder.with_suffix(".tmp").rename(folder)
-    print("toy settings that are not the paper's:", ", ".join(f"{k} {v}" for k, v in TOY.items()))
-    return replace(cfg, model=str(folder), data=str(folder / "train.jsonl"))
-
-def score(run: Trainer, problems: list[Problem], adapter: Path | None) -> float:
-    """mean@8 in percent of a checkpoint, or of the base model, by the run's sampler and checker."""
-    cfg = replace(run.cfg, rollouts=8)
-    groups = sample_groups(run.sampler, run.tokenizer, problems, cfg, 0, adapter)
-    return 100 * fmean(r.correct for g in groups for r in g.rollouts)
+def score(run: Trainer, adapter: Path | None) -> float:
+    """mean@G in percent on the toy's held-out problems, of a checkpoint or of the base model."""
+    problems, _ = load_problems(f"{run.cfg.model}/heldout.jsonl")
+    groups = sample_groups(run.sampler, run.tokenizer, problems, run.cfg, 0, adapter)
+    return round(100 * fmean(r.correct for g in groups for r in g.rollouts), 1)
 
 # ==== Main ========================================================================================
 
 def main(argv: list[str] | None = None) -> int:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    for library in (transformers, datasets):
-        library.logging.set_verbosity(50)  # their errors come back as exceptions
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     began = time.perf_counter()
     try:
         cfg = parse_args(argv)
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        run = Trainer(prepare_toy(cfg) if cfg.toy else cfg)
+        run = Trainer(make_toy(cfg) if cfg.toy else cfg)
         run.train()
         if cfg.toy:
-            heldout, _ = load_problems(str(run.out / "toy" / "heldout.jsonl"))
-            before, after = (score(run, heldout, at) for at in (None, run.out / "last"))
-            seconds = time.perf_counter() - began
-            write_text(run.out / "summary.json", json.dumps(
-                {"before": before, "after": after, "steps": run.step, "seconds": seconds}))
-            print(f"held-out mean@8 {before:.1f}% before, {after:.1f}% after {run.step} steps, "
-                  f"{seconds:.0f} s in all")
+            summary = {"before": score(run, None), "after": score(run, run.out / "last"),
+                       "steps": run.step, "seconds": round(time.perf_counter() - began)}
+            write_text(run.out / "summary.json", json.dumps(summary))
+            print(f"held-out mean@{cfg.rollouts} in percent:", summary)
         return 0
     except KeyboardInterrupt as stopped:
         print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 128 + stopped.args[0]
     except torch.OutOfMemoryError:
-        print("error: GPU memory is full; lower --micro-tokens or --vllm-memory, then --resume",
-              file=sys.stderr)
+        print("error: GPU memory is full; lower --micro-tokens or --vllm-memory", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2

@@ -66,14 +66,15 @@ def write_rows(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
+ROWS = [ogls_sd.toy_problem(random, dict.fromkeys((n, 11, 12), n * n)) for n in range(13, 25)]
 SMALL = dict(dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tokens=12,
              max_prompt_tokens=64, guide_tokens=64, distill_tokens=8, ramp_steps=0, clip=0.0,
              lora_rank=4, lora_alpha=8, lr=1e-2, steps=2)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):  # a model folder and a problem file
-    root, rows = tmp_path_factory.mktemp("world"), ogls_sd.toy_problems(random.Random(0), 12)
-    return tiny_model(root / "model"), write_rows(root / "train.jsonl", rows)
+    root = tmp_path_factory.mktemp("world")
+    return tiny_model(root / "model"), write_rows(root / "train.jsonl", ROWS)
 
 @pytest.fixture
 def trainer(world, tmp_path):
@@ -100,8 +101,8 @@ def make_group(run, texts, right, solution=True):
         rollouts.append(Rollout(prompt, tokens, [-1.0] * len(tokens), True, text, correct))
     return Group(problem, rollouts)
 
-TEXTS = ("hydrogen has 1. \\boxed{(1, 2, 3)}", "helium is number 2", "carbon has 6, neon: 10",
-         "neon: 10. \\boxed{(3, 2, 1)}", "zinc")
+TEXTS = ("11^2 = 121. \\boxed{(1, 2, 3)}", "12 squared is 144", "13^2 = 169, 14^2 = 196",
+         "14^2 = 196. \\boxed{(3, 2, 1)}", "zinc")
 RIGHT = (True, False, False, True, False)
 
 # ---- Steering, eqs. (6)-(14) ---------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_pools_and_the_reasons_to_skip(trainer):
 def test_long_guides_keep_their_end(trainer):
     run = trainer(guide_tokens=4)
     problem = run.problems[0]
-    text = "hydrogen has 1, helium has 2. \\boxed{(1, 2, 3)}"
+    text = "11^2 = 121, 12^2 = 144. \\boxed{(1, 2, 3)}"
     end = run.tokenizer.decode(run.tokenizer.encode(text)[-4:])
     prompt = ogls_sd.teacher_prompt(run.tokenizer, problem.problem, end)
     assert text.endswith(end) and run.guide_prompt(problem, text) == prompt
@@ -424,9 +425,9 @@ def test_a_bf16_model_trains_its_adapter_in_float32(trainer):
 def check_rollouts(run, sampler, adapter, tolerance):
     """Ids, ends and log probabilities against plain forwards of the trainer's model."""
     prompts = [[5, 6, 7], list(range(4, 24)), [9, 10]]
-    cfg = replace(run.cfg, rollouts=4, max_new_tokens=40)
-    made = dict(sampler.sample(prompts, [0, 4, 8], adapter, cfg))
-    assert sorted(made) == [0, 1, 2] and all(len(rollouts) == 4 for rollouts in made.values())
+    cfg = replace(run.cfg, rollouts=16, max_new_tokens=40)
+    made = dict(sampler.sample(prompts, [0, 16, 32], adapter, cfg))
+    assert sorted(made) == [0, 1, 2] and all(len(rollouts) == 16 for rollouts in made.values())
     finished = 0
     for i, rollouts in made.items():
         for rollout in rollouts:
@@ -551,7 +552,7 @@ STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:  # a model, its problems, and broken kinds of both
-    root, rows = tmp_path_factory.mktemp("tiny"), ogls_sd.toy_problems(random.Random(0), 12)
+    root = tmp_path_factory.mktemp("tiny")
     tiny_model(root / "model", hidden_size=32, max_position_embeddings=32768)
     config = json.loads((root / "model/config.json").read_text())
     for name, change in {"capped": {"final_logit_softcapping": 30.0}, "pickled": {}, "mute": {},
@@ -561,9 +562,8 @@ def tiny(tmp_path_factory) -> Path:  # a model, its problems, and broken kinds o
     (root / "pickled/model.safetensors").rename(root / "pickled/model.bin")
     (root / "mute/chat_template.jinja").unlink()
     (root / "broken/model.safetensors").write_bytes(b"no weights")
-    for name, some in {"train": rows, "fewer": rows[:-1], "empty": [], "column": [{"prompt": "?"}],
-                       "no": [{"question": "?"}],
-                       "list": [1, 2],
+    for name, some in {"train": ROWS, "fewer": ROWS[:-1], "empty": [], "column": [{"prompt": "?"}],
+                       "no": [{"question": "?"}], "list": [1, 2],
                        "long": [{"problem": "1? " * 999, "answer": "1"}]}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     (root / "cut.jsonl").write_text('{"problem": ')
@@ -830,16 +830,15 @@ def arguments(**given):
 def toy(tmp_path_factory):
     """A folder as a toy run leaves it; its model is warmed up for a few steps only."""
     folder = tmp_path_factory.mktemp("runs")
-    ogls_sd.make_toy(folder / "toy", 0, steps=60)
     flags = ["--sampler=hf", f"--output-dir={folder}", "--kl=reverse", "--clip=.01", "--strength=2"]
-    run = ogls_sd.Trainer(ogls_sd.prepare_toy(ogls_sd.parse_args(["--toy", *flags])))
+    run = ogls_sd.Trainer(ogls_sd.make_toy(ogls_sd.parse_args(["--toy", *flags]), steps=60))
     run.cfg = ogls_sd.replace(run.cfg, method="inspect")
     return folder, run
 
 def test_what_is_shown_is_what_training_does(toy, monkeypatch):
     """Against eqs. (10)-(15) written out on logits, for the first wrong rollout."""
     run, x, seen, real = toy[1], toy[1].problems[0], [], scorer.describe
-    texts = [ogls_sd.toy_text(random.Random(0), ["iron"], [n]) for n in (26, 1, 2)]
+    texts = [f"11^2 = {n}. \\boxed{{{n}}}" for n in (121, 144, 169)]
     ids = [run.tokenizer(text)["input_ids"] + run.eos[:1] for text in texts]
     prompt = ogls_sd.student_prompt(run.tokenizer, x.problem)
     group = ogls_sd.Group(x, [ogls_sd.Rollout(prompt, y, [0.0] * len(y), True, t, t == texts[0])
@@ -873,7 +872,7 @@ def test_page_obeys_no_text(toy, capsys):
     assert "&lt;script" in page and "reverse KL" in page and page.count("<h2>") == 2
 
 def test_table_goes_on_where_it_was_killed(toy, monkeypatch):
-    monkeypatch.setattr(ogls_sd, "score", lambda run, problems, adapter: 50.0 if adapter else 20.0)
+    monkeypatch.setattr(ogls_sd, "score", lambda run, adapter: 50.0 if adapter else 20.0)
     monkeypatch.setitem(ogls_sd.TOY, "questions", 2)
     tables = []
     for _ in range(2):
@@ -883,9 +882,10 @@ def test_table_goes_on_where_it_was_killed(toy, monkeypatch):
     assert tables[0] == tables[1] and list(tables[0]) == list(scorer.COLOURS)
     assert tables[0]["base"]["mean@8"] == [20, 0] and tables[0]["ogls"]["mean@8"] == [50, 0]
 
-def test_premise_needs_digits(toy):
+def test_premise_needs_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(ogls_sd.string, "printable", "abc")
     with pytest.raises(ogls_sd.UserError, match="single token"):
-        scorer.premise(arguments(model=str(toy[0] / "toy")))
+        scorer.premise(arguments(model=str(tiny_model(tmp_path / "model"))))
 
 # ---- Benchmark: python test_ogls_sd.py bench [--model M] [--device cuda] -------------------------
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
