@@ -38,7 +38,7 @@ import transformers
 from tqdm import tqdm
 
 import ogls_sd as ogls
-from ogls_sd import (MARKERS, Config, UserError, explained, extract_boxed, grade, read_log, refuse,
+from ogls_sd import (MARKERS, Config, UserError, explained, extract_boxed, grade, refuse,
                      same_answer, student_prompt, write_text)
 
 SETS = {"aime24": "HuggingFaceH4/aime_2024", "aime25": "yentinglin/aime_2025",
@@ -125,6 +125,10 @@ def score(responses: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(sorted(rows, key=lambda row: row["set"]))
 
 # ==== Responses: on disk, then sampled ============================================================
+
+def read_log(path: Path) -> list[dict]:
+    """A log's whole lines; the last one may have been cut off by a kill."""
+    return list(map(json.loads, path.read_text().split("\n")[:-1])) if path.exists() else []
 
 def read_summary(output: Path) -> dict:
     path = output.with_suffix(".summary.json")
@@ -233,7 +237,8 @@ def evaluate(args: argparse.Namespace) -> None:
         responses = sample(sampler, tokenizer, cfg, adapter, part)
         for question in tqdm(responses, str(adapter or "base"), len(part), disable=None):
             for response in question:
-                ogls.append_log(args.output, response)
+                with open(args.output, "a") as file:
+                    file.write(json.dumps(response) + "\n")
             done += question
             name = question[0]["set"]
             left[name] -= 1
@@ -317,16 +322,14 @@ def toy_run(cfg: ogls.Config, method: str) -> dict:
     finished = out / f"result_{cfg.steps}.json"
     if finished.exists():
         return json.loads(finished.read_text())
-    resume = any(out.glob("*/trainer_state.pt"))
-    if not resume:
-        (out / "config.json").unlink(missing_ok=True)  # killed before its first checkpoint
+    resume = (out / "config.json").exists()
     out.mkdir(exist_ok=True)
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         run = ogls.Trainer(replace(cfg, method=method, output_dir=str(out), resume=resume))
         run.train()
     curve = [(at, ogls.score(run, out / f"step_{at:06d}" if at else None))
              for at in [*range(0, cfg.steps, EVERY), cfg.steps]]
-    result = {"curve": curve, "log": ogls.read_log(out / "metrics.jsonl")}
+    result = {"curve": curve, "log": read_log(out / "metrics.jsonl")}
     ogls.write_text(finished, json.dumps(result))
     return result
 
@@ -353,13 +356,12 @@ def inspect_run(args: argparse.Namespace) -> None:
     record = json.loads(path.read_text()) if path.exists() else {}
     cfg = replace(ogls.Config(), **{k: v for k, v in record.items() if hasattr(ogls.Config, k)})
     cfg = replace(cfg, model=args.model, data=args.data or cfg.data, method="ogls", sampler="hf")
-    ogls.METHODS["inspect"] = ("all", ogls.METHODS["ogls"][1])  # on right rollouts too, which
-    ogls.TARGETS["inspect"] = ogls.TARGETS["ogls"]  # training leaves out
+    ogls.METHODS["inspect"] = ("all", *ogls.METHODS["ogls"][1:])  # right rollouts as well
     with tempfile.TemporaryDirectory() as folder:
         run = ogls.Trainer(replace(cfg, method="inspect", output_dir=folder, resume=False))
     problems = run.problems[: 2 * args.inspect]
-    groups = ogls.sample_groups(run.sampler, run.tokenizer, problems, cfg, 0, adapter)
-    groups = [group for group in groups if not ogls.make_pools(group, cfg)[2]][: args.inspect]
+    groups = [group for group in run.sample(problems, 0, adapter) if not run.pools(group)[1]]
+    groups = groups[: args.inspect]
     if not groups:
         raise UserError("--inspect: no question has a wrong rollout and guides in both pools")
     facts = (f"Shown: {cfg.model}, adapter {adapter or 'none'}, lambda {cfg.strength:g}, "
@@ -370,20 +372,20 @@ def inspect_run(args: argparse.Namespace) -> None:
 
 def show_group(run: ogls.Trainer, group: ogls.Group) -> str:
     """A question, its first wrong and first right rollout, and the guides, as HTML."""
-    pools, rows, _ = ogls.make_pools(group, run.cfg)
+    pools, _ = run.pools(group)
     anchors, _ = run.examples(group, 0.0)  # lambda = 0 leaves the anchor, eq. (13)
     targets, _ = run.examples(group, run.cfg.strength)
     head = ogls.printable(f"{group.problem.problem}\nReference answer: {group.problem.answer}")
     print(f"\n{head}")
     parts = [f"<h2>Question</h2><pre>{html.escape(head)}</pre>"]
-    first = {group.rollouts[j].correct: k for k, j in reversed([*enumerate(rows)])}
-    for correct, k in sorted(first.items()):
-        title = f"Rollout {rows[k] + 1} is {'right, not trained on' if correct else 'wrong'}"
-        title += f" ({len(anchors[k].tokens)} of {len(group.rollouts[rows[k]].tokens)} tokens)"
-        parts.append(show_rollout(run, title, anchors[k], targets[k]))
+    first = {y.correct: j for j, y in reversed([*enumerate(group.rollouts)])}
+    for correct, j in sorted(first.items()):
+        title = f"Rollout {j + 1} is {'right, not trained on' if correct else 'wrong'}"
+        title += f" ({len(anchors[j].tokens)} of {len(group.rollouts[j].tokens)} tokens)"
+        parts.append(show_rollout(run, title, anchors[j], targets[j]))
     for name in ("positive", "negative"):
-        guides = "\n\n".join(f"{'reference' if j is None else f'rollout {j + 1}'}: {text}"
-                             for j, text in pools[name])
+        names = {id(y): f"rollout {j}" for j, y in enumerate(group.rollouts, 1)}
+        guides = "\n\n".join(f"{names.get(id(y), 'reference')}: {y.text}" for y in pools[name])
         parts.append(f"<details><summary>Guides in the {name} pool</summary><pre>"
                      f"{html.escape(ogls.printable(guides))}</pre></details>")
     return "".join(parts)
@@ -391,7 +393,7 @@ def show_group(run: ogls.Trainer, group: ogls.Group) -> str:
 @torch.no_grad()
 def show_rollout(run: ogls.Trainer, title: str, anchor: ogls.Rollout, target: ogls.Rollout) -> str:
     """Coloured tokens, and in words the three where student and target differ most."""
-    student = ogls.student_hidden(run.model, [anchor])  # (T, d)
+    student = ogls.student_hidden(run.model, anchor)  # (T, d)
     states = torch.stack([student.float(), anchor.target, target.target], dim=1)  # (T, 3, d)
     seen = [describe(run, *pair) for pair in zip(anchor.tokens, states)]
     worst = sorted(range(len(seen)), key=lambda t: -seen[t][1])[:3]

@@ -14,7 +14,7 @@ Glossary
   z0 anchor   Delta direction   lambda strength   zT steered target
   theta student: base weights and LoRA adapter   theta' teacher: the same base, adapter off
   Axes: B sequences of a batch, R responses to a question, L padded length, P prompt, T response
-  tokens, N trained positions of a batch, d hidden width, V vocabulary, r LoRA rank
+  tokens, d hidden width, V vocabulary, r LoRA rank
 Departures from the paper, each marked again where it happens (README has the source of every value)
   - Hidden states are averaged and steered in place of logits: the same mathematics, see `steer`.
   - Forward KL, from readers' notes on v2 [v2]; `--kl reverse` is eq. (15) as printed in v1.
@@ -606,10 +606,6 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def pad_right(rows: list[list[int]], device) -> Tensor:  # (B, L)
-    """Needs no attention mask: causal attention never looks right, and the fast kernel is used."""
-    return nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(device)
-
 class PrefixCache(transformers.DynamicCache):
     """One prompt's keys and values under any number of responses.  Once frozen, what is read on
     top of it is attended to but not kept: it never grows, and a batch costs one layer's memory."""
@@ -638,7 +634,8 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
             cache.frozen = True
             hidden = first.repeat(len(responses), max(map(len, responses)), 1)  # (R, T, d)
             for rows in micro_batches([len(prompt) + len(y) for y in responses], budget):
-                ids = pad_right([responses[i] for i in rows], model.device)  # (B, T)
+                batch = [torch.tensor(responses[i], device=model.device) for i in rows]
+                ids = nn.utils.rnn.pad_sequence(batch, True)  # (B, T); causal: padding is not seen
                 T = ids.shape[1]
                 # More keys than queries: aligned to the lower right, where Transformers would build
                 # a mask of (B, T, P + T) and lose the fast kernel.
@@ -661,17 +658,15 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     no (T, V) logits are kept for each of G + 2 teacher passes."""
     return anchor + strength * (positive - negative)
 
-# The rollouts trained on, and the pools that are read and must not be empty.
-METHODS = {"ogls": ("wrong", ("anchor", "positive", "negative")), "opsd": ("all", ("reference",)),
-           "pos-mean": ("all", ("positive",)), "pos-only": ("wrong", ("anchor", "positive")),
-           "grpo": ("all", ()), "sft": ("all", ("reference",))}
-# Targets from (anchor, mean positive, mean negative, reference, strength), all (R, T, d).
-TARGETS: dict[str, Callable[..., Tensor]] = {
-    "ogls": lambda z0, pos, neg, ref, strength: steer(z0, pos, neg, strength),  # eq. (13)
-    "opsd": lambda z0, pos, neg, ref, strength: ref,  # arXiv:2601.18734
-    "pos-mean": lambda z0, pos, neg, ref, strength: pos,  # Pos. Mean Teacher: eq. (10) alone
-    "pos-only": lambda z0, pos, neg, ref, strength: steer(z0, pos, z0, strength),  # z0 for zbar-
-}
+# By method: the rollouts trained on, the pools that must not be empty, and the target made of these
+# pools' means, all (R, T, d).  Without a target the tokens themselves are imitated.
+METHODS: dict[str, tuple[str, tuple[str, ...], Callable[..., Tensor] | None]] = {
+    "ogls": ("wrong", ("anchor", "positive", "negative"), steer),  # eqs. (11) and (13)
+    "opsd": ("all", ("reference",), lambda ref, strength: ref),  # arXiv:2601.18734
+    "pos-mean": ("all", ("positive",), lambda pos, strength: pos),  # eq. (10) alone
+    "pos-only": ("wrong", ("anchor", "positive"),  # z0 for zbar-
+                 lambda z0, pos, strength: steer(z0, pos, z0, strength)),
+    "grpo": ("all", ("right", "wrong"), None), "sft": ("reference", ("reference",), None)}
 
 def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "forward",
                      clip: float = 0.05, temperature: float = 1.0) -> Tensor:  # (T, V) x 2 -> (T,)
@@ -685,15 +680,20 @@ def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "f
     terms = p.exp() * (p - q)
     return (terms.clamp(-clip, clip) if clip else terms).sum(-1)
 
-def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights: Tensor,
-                     head: tuple[Tensor, Tensor | None], cfg: Config) -> Tensor:  # (3, N)
-    """Eqs. (15)-(16): the weighted sum of a loss per position, and its backward into the model.
-    hidden (N, d) are the student's, with their graph; target (N, d) steered states, or None: the
-    loss is -log p(token); tokens (N,) what each position predicts; weights (N,) in the loss; head
-    (V, d) and (V,) in float32, since lambda multiplies rounding.  Returns the loss before its
-    weight, its unclipped value, log p(token).  `head_chunk` positions at a time go down to the
-    hidden states, then all at once through the model: no logits of all N positions exist."""
-    grad, out = torch.zeros_like(hidden, dtype=torch.float32), weights.new_zeros(3, len(tokens))
+def student_hidden(model: nn.Module, y: Rollout) -> Tensor:  # (T, d)
+    """The student's final states at the positions that predict the trained tokens."""
+    model.train()  # Transformers checkpoints gradients in train mode only
+    ids = torch.tensor([y.prompt + y.tokens[:-1]], device=model.device)  # (1, L)
+    return model.base_model(ids, use_cache=False).last_hidden_state[0, y.start - len(y.tokens) :]
+
+def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weight: float,
+                     head: tuple[Tensor, Tensor | None], cfg: Config) -> Tensor:  # (3, T)
+    """Eqs. (15)-(16): weight times the sum of a loss per position, and its backward.
+    hidden (T, d) are the student's, with their graph; target (T, d) steered states, or None: the
+    loss is -log p(token); tokens (T,) what each position predicts; head (V, d) and (V,) in float32,
+    since lambda multiplies rounding.  Returns the loss before its weight, its unclipped value,
+    log p(token).  No (T, V) logits exist: `head_chunk` positions at a time go down to `hidden`."""
+    grad, out = torch.zeros_like(hidden).float(), hidden.new_zeros(3, len(tokens)).float()
     for at in range(0, len(tokens), cfg.head_chunk):
         part = slice(at, at + cfg.head_chunk)
         h = hidden[part].detach().float().requires_grad_()
@@ -705,7 +705,7 @@ def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weig
             steered = F.linear(target[part], *head)  # (chunk, V)
             loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
-        grad[part] = torch.autograd.grad(weights[part] @ loss, h)[0]
+        grad[part] = torch.autograd.grad(weight * loss.sum(), h)[0]
         logp = -F.cross_entropy(logits.detach(), tokens[part], reduction="none")
         out[:, part] = torch.stack([loss.detach(), exact.detach(), logp])
     hidden.backward(grad.to(hidden.dtype))
@@ -719,52 +719,12 @@ class Group(NamedTuple):
     problem: Problem
     rollouts: list[Rollout]
 
-def sample_groups(sampler, tokenizer, problems: list[Problem], cfg: Config, step: int,
-                  adapter: Path | None) -> list[Group]:
-    """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
-    Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
-    groups = [Group(problem, []) for problem in problems]
-    prompts = [student_prompt(tokenizer, p.problem, cfg.thinking) for p in problems]
-    seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
-    seeds = [seed + i * cfg.rollouts for i in range(len(groups))]
-    sampled = sampler.sample(prompts, seeds, adapter, cfg)
-    for i, rollouts in tqdm(sampled, "sampling", len(groups), leave=False, disable=None):
-        for rollout in rollouts:
-            rollout.correct = rollout.finished and grade(rollout.text, problems[i].answer)
-        groups[i].rollouts.extend(rollouts)
-    return groups
-
-def make_pools(group: Group, cfg: Config) -> tuple[dict[str, list], list[int], str | None]:
-    """Guides as (author, text) by pool, eqs. (6)-(9); rollouts to train on; what is missing."""
-    trains_on, needs = METHODS[cfg.method]
-    right = [r.correct for r in group.rollouts]
-    said = [(j, r.text) for j, r in enumerate(group.rollouts) if r.text.strip()]  # "" is no guide
-    reference = [(None, group.problem.solution)] if group.problem.solution else []
-    pools = {"anchor": [(None, "")], "reference": reference,
-             "positive": [(j, text) for j, text in said if right[j]] + reference,
-             "negative": [(j, text) for j, text in said if not right[j]]}
-    rows = [j for j, r in enumerate(right) if trains_on == "all" or not r]
-    if cfg.exclude_self and "negative" in needs:
-        rows = [j for j in rows if any(author != j for author, _ in pools["negative"])]
-    missing = [name for name in needs if not pools[name]] + ["wrong rollout"] * (not rows)
-    if cfg.method == "grpo" and len(set(right)) == 1:
-        missing = ["wrong rollout" if right[0] else "right rollout"]
-    return pools, rows, missing[0] if missing else None
-
-def student_hidden(model: nn.Module, batch: list[Rollout]) -> Tensor:  # (N, d)
-    """The student's final states at the positions that predict the trained tokens."""
-    model.train()  # Transformers checkpoints gradients in train mode only
-    ids = pad_right([r.prompt + r.tokens[:-1] for r in batch], model.device)  # (B, L)
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, d)
-    return torch.cat([h[len(r.prompt) - 1 + r.start : len(r.prompt) - 1 + len(r.tokens)]
-                      for h, r in zip(hidden, batch)])
-
 class Trainer:
     """One run.  What can be refused is refused before vLLM starts, and vLLM before the model."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.out, self.step, self.failures = cfg, Path(cfg.output_dir), 0, 0
-        self.history, self.told = [], set()  # metrics of the steps so far; alarms
+        self.cfg, self.out, self.step = cfg, Path(cfg.output_dir), 0
+        self.logs = {"metrics": [], "samples": []}  # of all steps so far
         self.tokenizer, self.eos = open_model(cfg)
         self.problems, record = open_run(cfg, self.tokenizer)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
@@ -776,86 +736,106 @@ class Trainer:
         self.restore() if cfg.resume else self.save()
         write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
 
+    def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
+        """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
+        Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
+        cfg, groups = self.cfg, [Group(problem, []) for problem in problems]
+        prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
+        seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
+        seeds = [seed + i * cfg.rollouts for i in range(len(problems))]
+        sampled = self.sampler.sample(prompts, seeds, adapter, cfg)
+        for i, rollouts in tqdm(sampled, "sampling", len(problems), leave=False, disable=None):
+            groups[i].rollouts.extend(rollouts)
+            for y in rollouts:
+                y.correct = y.finished and grade(y.text, problems[i].answer)
+        return groups
+
+    def pools(self, group: Group) -> tuple[dict[str, list[Rollout]], str | None]:
+        """Eqs. (6)-(9), and which pool is too small for the method, if any."""
+        x, text = group.rollouts[0].prompt, plain_text(self.tokenizer, group.problem.solution)
+        s = self.tokenizer.encode(text, add_special_tokens=False) + self.eos[:1]
+        reference = [Rollout(x, s, [], text=text)] if text else []  # a guide as rollouts are
+        right, wrong = ([y for y in group.rollouts if y.correct == r] for r in (True, False))
+        pools = {"all": group.rollouts, "right": right, "wrong": wrong, "reference": reference,
+                 "positive": right + reference, "negative": [y for y in wrong if y.text.strip()],
+                 "anchor": [Rollout(x, [], [])]}  # without a guide, eq. (12)
+        trained, guides, _ = METHODS[self.cfg.method]
+        least = {"negative": 1 + self.cfg.exclude_self}  # one of them may be y_j itself
+        missing = [name for name in (*guides, trained) if len(pools[name]) < least.get(name, 1)]
+        return pools, missing[0] if missing else None
+
+    def guide_prompt(self, problem: str, guide: Rollout) -> list[int]:
+        """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
+        end = guide.tokens[-self.cfg.guide_tokens :]
+        text = self.tokenizer.decode(end, skip_special_tokens=True)
+        return teacher_prompt(self.tokenizer, problem, text, self.cfg.thinking)
+
     def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
-        """Eqs. (6)-(14): rollouts with what a question teaches on them, or what it lacks."""
-        cfg, rollouts = self.cfg, group.rollouts
-        pools, rows, missing = make_pools(group, cfg)
+        """Eqs. (6)-(14): rollouts with what a question teaches on them, or the pool it lacks."""
+        cfg, (trained, guides, target) = self.cfg, METHODS[self.cfg.method]
+        pools, missing = self.pools(group)
         if missing:
             return [], missing
+        rows = pools[trained]
         if cfg.method == "sft":
-            ids = self.tokenizer.encode(plain_text(self.tokenizer, group.problem.solution),
-                                        add_special_tokens=False)[: cfg.max_new_tokens - 1]
-            return [Rollout(rollouts[0].prompt, ids + self.eos[:1], [])], None
+            return [replace(y, tokens=y.tokens[: cfg.max_new_tokens]) for y in rows], None
         if cfg.method == "grpo":  # on-policy: no ratio, no clip; top-p and top-k are ignored
-            rewards = [float(r.correct) for r in rollouts]
-            mean, std = fmean(rewards), pstdev(rewards)
-            return [replace(r, weight=(r.correct - mean) / std) for r in rollouts], None
-        cut = [replace(rollouts[j], tokens=rollouts[j].tokens[: cfg.distill_tokens]) for j in rows]
-        means = dict.fromkeys(("anchor", "positive", "negative", "reference"))
-        for name in METHODS[cfg.method][1]:
-            prompts = [self.guide_prompt(group.problem, text) if text else cut[0].prompt  # eq. (12)
-                       for _, text in pools[name]]
-            keep = torch.tensor([[float(name != "negative" or not cfg.exclude_self or author != j)
-                                  for j in rows] for author, _ in pools[name]])  # (guides, R)
-            means[name] = pool_mean(self.model, prompts, [r.tokens for r in cut], keep,
-                                    cfg.micro_tokens)  # (R, T, d)
-        targets = TARGETS[cfg.method](*means.values(), strength)  # (R, T, d)
-        taught = [replace(r, target=states[: len(r.tokens)]) for r, states in zip(cut, targets)]
+            mean = fmean(y.correct for y in rows)
+            std = math.sqrt(mean * (1 - mean))  # of zeros and ones
+            return [replace(y, weight=(y.correct - mean) / std) for y in rows], None
+        responses, means = [y.tokens[: cfg.distill_tokens] for y in rows], []
+        for name in guides:
+            prompts = [self.guide_prompt(group.problem.problem, g) if g.tokens else g.prompt
+                       for g in pools[name]]
+            own = cfg.exclude_self and name == "negative"
+            keep = torch.tensor([[float(g is not y or not own) for y in rows]
+                                 for g in pools[name]])  # (guides, R)
+            means.append(pool_mean(self.model, prompts, responses, keep, cfg.micro_tokens))
+        targets = target(*means, strength)  # (R, T, d)
+        taught = [replace(y, tokens=tokens, target=states[: len(tokens)])
+                  for y, tokens, states in zip(rows, responses, targets)]
         if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
-            short = median(len(r.tokens) for r in rollouts)  # what is short: [us]
-            taught += [replace(r, logprobs=[], weight=cfg.tail_weight,
-                               start=max(0, len(r.tokens) - cfg.tail_tokens))
-                       for r in rollouts if r.correct and len(r.tokens) <= short]
+            short = median(len(y.tokens) for y in group.rollouts)  # what is short: [us]
+            ends = [y for y in pools["right"] if len(y.tokens) <= short]
+            taught += [replace(y, start=max(0, len(y.tokens) - cfg.tail_tokens),
+                               weight=cfg.tail_weight) for y in ends]
         return taught, None
 
-    def guide_prompt(self, problem: Problem, guide: str) -> list[int]:
-        """A guide that is too long keeps its end, where the answer stands [us]."""
-        ids = self.tokenizer.encode(guide, add_special_tokens=False)[-self.cfg.guide_tokens :]
-        guide = self.tokenizer.decode(ids)
-        return teacher_prompt(self.tokenizer, problem.problem, guide, self.cfg.thinking)
-
     def update(self, examples: list[Rollout]) -> dict:
-        """Eq. (16): loss and gradient of the whole step in micro-batches, then one step."""
-        cfg, sums, gaps = self.cfg, Counter(), []
-        distilled = [r for r in examples if r.target is not None]
-        for part in (distilled, [r for r in examples if r.target is None]):
-            # One denominator per loss term: all its tokens of the step, in any micro-batch [us].
-            count = sum(len(r.tokens) - r.start for r in part)
-            for rows in micro_batches([len(r.prompt + r.tokens) for r in part], cfg.micro_tokens):
-                batch = [part[i] for i in rows]
-                hidden = student_hidden(self.model, batch)  # (N, d)
-                flat = [(y, r.weight / count) for r in batch for y in r.tokens[r.start :]]
-                tokens, weights = (torch.tensor(x).to(hidden.device) for x in zip(*flat))  # (N,)
-                target = torch.cat([r.target for r in batch]) if part is distilled else None
-                loss, kl, logp = distill_backward(hidden, target, tokens, weights, self.head, cfg)
-                sums["loss"] += (weights @ loss).item()
-                sums["kl"] += (weights @ kl).item() * (part is distilled)
-                sums["clipped"] += (weights @ (loss != kl).float()).item()
-                said = [p for r in batch for p in r.logprobs[: len(r.tokens)]]  # by the sampler
-                gaps += (logp.cpu() - torch.tensor(said)).abs().tolist() if said else []
-        norm = nn.utils.clip_grad_norm_(self.trained, cfg.max_grad_norm).item()
+        """Eqs. (15)-(16): loss and gradient, one example after the other, then one step."""
+        counts, sums, gaps = Counter(), Counter(), []
+        for y in examples:  # one denominator per loss term: all its tokens of the step [us]
+            counts[y.target is None] += len(y.tokens) - y.start
+        for y in tqdm(examples, "student", leave=False, disable=None):
+            weight = y.weight / counts[y.target is None]
+            hidden = student_hidden(self.model, y)  # (T, d)
+            tokens = torch.tensor(y.tokens[y.start :], device=hidden.device)  # (T,)
+            loss, kl, logp = distill_backward(hidden, y.target, tokens, weight, self.head, self.cfg)
+            sums["loss"] += weight * loss.sum().item()
+            if y.target is not None:
+                sums["kl"] += weight * kl.sum().item()
+                sums["clipped"] += weight * (loss != kl).sum().item()
+            gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs[y.start :])]
+        norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
         finite = math.isfinite(sums["loss"] + norm)
         if finite:
             self.optimizer.step()  # without examples there is no gradient, and nothing moves
         self.optimizer.zero_grad()
         self.model.eval()
-        self.failures = 0 if finite else self.failures + 1
-        learned = {"loss": sums["loss"], "kl": sums["kl"] if distilled else None,
-                   "clipped": sums["clipped"] if distilled else None, "grad_norm": norm,
-                   "engine_gap": fmean(gaps) if gaps else None}
-        return learned if finite and examples else dict.fromkeys(learned)
+        learned = {name: sums.get(name) for name in ("loss", "kl", "clipped")}
+        learned |= {"grad_norm": norm, "engine_gap": fmean(gaps) if gaps else None}
+        return learned if finite else dict.fromkeys(learned)
 
     def save(self) -> None:
         """Full state as step_NNNNNN, written beside and renamed into place; `last` links to it.
-        Numbered ones stay every `save_every` steps, and the one before, should this be damaged."""
+        Kept: every `save_every` steps, and the one before, should the newest be damaged."""
         temp, folder = self.out / "step.tmp", self.out / f"step_{self.step:06d}"
-        for old in (temp, folder):  # what a kill left
-            shutil.rmtree(old, ignore_errors=True)
         with explained(f"cannot write {temp}: {{reason}}; make space on the disk, then --resume"):
             save_adapter(self.model, temp, self.cfg)
-            torch.save({"step": self.step, "failures": self.failures, "rng": torch.get_rng_state(),
-                        "optimizer": self.optimizer.state_dict()}, temp / "trainer_state.pt")
-            write_text(temp / "manifest.json", json.dumps(checksums(temp)))
+            state = {"logs": self.logs, "optimizer": self.optimizer.state_dict()}
+            torch.save(state, temp / "trainer_state.pt")
+            (temp / "manifest.json").write_bytes(checksums(temp))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temp.rename(folder)
         (self.out / "last").unlink(missing_ok=True)
         (self.out / "last").symlink_to(folder.name)
@@ -864,35 +844,29 @@ class Trainer:
                 shutil.rmtree(old)
 
     def restore(self) -> None:
-        """Takes the newest undamaged checkpoint and drops the log lines of later steps."""
+        """Takes the newest undamaged checkpoint."""
         for folder in sorted(self.out.glob("step_*"), reverse=True):
-            with contextlib.suppress(OSError, ValueError):
-                if json.loads((folder / "manifest.json").read_text()) == checksums(folder):
-                    break
+            manifest = folder / "manifest.json"
+            if manifest.exists() and manifest.read_bytes() == checksums(folder):
+                break
             print(f"{folder} is damaged; trying the checkpoint before it")
         else:
             raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
         load_adapter(self.model, folder)
         state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step, self.failures = state["step"], state["failures"]
-        for log in (self.out / "samples.jsonl", self.out / "metrics.jsonl"):
-            self.history = [line for line in read_log(log) if line["step"] <= self.step]
-            write_text(log, "".join(json.dumps(line) + "\n" for line in self.history))
+        self.logs, self.step = state["logs"], len(state["logs"]["metrics"])
 
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
-        cfg, first, began = self.cfg, self.step, time.perf_counter()
+        cfg, first, began, told = self.cfg, self.step, time.perf_counter(), set()
         print(memory_estimate(cfg, self.model))
-        steps = range(first + 1, cfg.steps + 1)
-        for step in tqdm(steps, "steps", cfg.steps, initial=first, disable=None):
+        for step in tqdm(range(first + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
             places = range((step - 1) * cfg.questions, step * cfg.questions)
             problems = [self.problems[i % len(self.problems)] for i in places]
-            adapter = self.out / f"step_{step - 1:06d}"  # how new weights reach the sampler
-            groups = sample_groups(self.sampler, self.tokenizer, problems, cfg, step, adapter)
+            groups = self.sample(problems, step, self.out / f"step_{step - 1:06d}")
             clock.append(time.perf_counter())
 
             # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
@@ -906,80 +880,70 @@ class Trainer:
             clock.append(time.perf_counter())
 
             # ---- Student, eqs. (15)-(16) ----
+            torch.manual_seed(step)  # of dropout, in a model that has any
             learned = self.update(examples)
-            self.step = step
             clock.append(time.perf_counter())
 
-            # ---- Log, then save: --resume drops a line whose checkpoint was never finished ----
+            # ---- Log, then save; the logs are part of the state, so they resume exactly too ----
             sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
-            eta_s = (clock[-1] - began) / (step - first) * (cfg.steps - step)
-            self.report(groups, {
-                "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
-                "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
-                "failures": self.failures, "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            metrics = {
+                "step": step, **rollout_metrics(groups, sample_s), **learned, "strength": strength,
+                "skipped": skipped.total(), "skipped_for": dict(skipped),
                 "sample_s": sample_s, "teacher_s": teacher_s, "student_s": student_s,
-                "eta_s": eta_s})
+                "eta_s": (clock[-1] - began) / (step - first) * (cfg.steps - step),
+                "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+            self.logs["metrics"].append(metrics)
+            tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float)
+                                  else f"{name} {value}" for name, value in metrics.items()))
+            for text in {*alarms(self.logs["metrics"])} - told:
+                told.add(text)
+                tqdm.write(f"warning: {text}")
+            firsts = {y.correct: (g, y) for g in reversed(groups) for y in reversed(g.rollouts)}
+            for g, y in firsts.values():  # the first right rollout and the first wrong one
+                sample = {"step": step, "correct": y.correct, "finished": y.finished,
+                          "prompt": self.tokenizer.decode(y.prompt), "answer": g.problem.answer,
+                          "response": y.text}
+                self.logs["samples"].append(sample)
+                if step % cfg.show_every == 0:
+                    tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
+            for name, lines in self.logs.items():
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                write_text(self.out / f"{name}.jsonl", text)
+            self.step = step
             self.save()
-            refuse(self.failures >= 5, "loss not finite five times in a row; lower --lr")
+            norms = [line["grad_norm"] for line in self.logs["metrics"][-5:]]  # None: not finite
+            refuse(norms == [None] * 5, "loss not finite five times in a row; lower --lr")
 
-    def report(self, groups: list[Group], metrics: dict) -> None:
-        """Logs a step.  On the screen: every number of it, new alarms, now and then two rollouts."""
-        self.history.append(metrics)
-        append_log(self.out / "metrics.jsonl", metrics)
-        first = {r.correct: (g, r) for g in reversed(groups) for r in reversed(g.rollouts)}
-        for g, r in first.values():  # the first right rollout and the first wrong one
-            sample = {"step": self.step, "correct": r.correct, "answer": g.problem.answer,
-                      "finished": r.finished, "prompt": self.tokenizer.decode(r.prompt),
-                      "response": r.text}
-            append_log(self.out / "samples.jsonl", sample)
-            if self.step % self.cfg.show_every == 0:
-                tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
-        tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, (int, float)) else f"{k} {v}"
-                              for k, v in metrics.items()))
-        for text in set(alarms(self.history)) - self.told:
-            self.told.add(text)
-            tqdm.write(f"warning: {text}")
-
-def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
-    rollouts = [r for g in groups for r in g.rollouts]
-    tokens = sum(len(r.tokens) for r in rollouts)
-    right = [fmean(r.correct for r in g.rollouts) for g in groups]
+def rollout_metrics(groups: list[Group], seconds: float) -> dict:
+    rollouts = [y for g in groups for y in g.rollouts]
+    tokens = sum(len(y.tokens) for y in rollouts)
+    right = [fmean(y.correct for y in g.rollouts) for g in groups]
     return {"reward": fmean(right), "groups_right": fmean(r == 1 for r in right),
             "groups_wrong": fmean(r == 0 for r in right),
             "groups_mixed": fmean(0 < r < 1 for r in right),
-            "length": tokens / len(rollouts), "truncated": fmean(not r.finished for r in rollouts),
-            "no_box": fmean(extract_boxed(r.text) is None for r in rollouts),
-            "markers": 1000 * sum(len(MARKERS.findall(r.text)) for r in rollouts) / tokens,
-            "guides_cut": sum(len(r.tokens) > cfg.guide_tokens for r in rollouts),
+            "length": tokens / len(rollouts), "truncated": fmean(not y.finished for y in rollouts),
+            "no_box": fmean(extract_boxed(y.text) is None for y in rollouts),
+            "markers": 1000 * sum(len(MARKERS.findall(y.text)) for y in rollouts) / tokens,
             "sampled_tokens_per_s": tokens / seconds}
 
-def alarms(history: list[dict]) -> list[str]:
+def alarms(history: list[dict]) -> Iterator[str]:
     """What the last step warns of."""
     now, first = history[-1], history[:10]
-    grown = {name: len(history) > 10 and (now[name] or 0) > 3 * fmean(m[name] or 0 for m in first)
-             for name in ("length", "kl")}
-    found = {"engine_gap above 0.1: sampler and trainer disagree": (now["engine_gap"] or 0) > 0.1,
-             "most rollouts are cut off; raise --max-new-tokens": now["truncated"] > 0.5,
-             "length is three times its first steps': a collapse?": grown["length"],
-             "KL is three times its first steps': lambda's ramp, or a collapse?": grown["kl"]}
-    return [text for text, on in found.items() if on]
+    if (now["engine_gap"] or 0) > 0.1:
+        yield "engine_gap above 0.1: sampler and trainer disagree"
+    if now["truncated"] > 0.5:
+        yield "most rollouts are cut off; raise --max-new-tokens"
+    if len(history) > 10 and now["length"] > 3 * fmean(line["length"] for line in first):
+        yield "rollouts are three times as long as at first: a collapse?"
 
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
 
-def append_log(path: Path, line: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-def read_log(path: Path) -> list[dict]:
-    """A log's whole lines; the last one may have been cut off by a kill."""
-    return list(map(json.loads, path.read_text().split("\n")[:-1])) if path.exists() else []
-
-def checksums(folder: Path) -> dict[str, str]:
-    files = [f for f in folder.iterdir() if f.name != "manifest.json"]
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+def checksums(folder: Path) -> bytes:
+    files = sorted(f for f in folder.iterdir() if f.name != "manifest.json")
+    return json.dumps({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}).encode()
 
 def printable(text: str) -> str:
     """A response can contain anything; the terminal must not obey it."""
@@ -987,70 +951,63 @@ def printable(text: str) -> str:
 
 def open_model(cfg: Config) -> tuple[object, list[int]]:
     """Tokenizer and EOS ids, and every refusal that needs no weights."""
-    name = f"--model {cfg.model}"
-    with explained(f"cannot load {name}: {{reason}}; give a chat model that you can reach"):
+    with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
         student_prompt(tokenizer, "has it a chat template?")
         eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
-    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    refuse(any(getattr(config, key, None) for key in scaled),
-           f"{name} caps or scales its logits; steering needs them linear, as in Qwen3")
-    guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
-    need, has = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided), config.max_position_embeddings
-    refuse(need > has, f"{name}: question, guide and response may take {need} tokens, its context "
-           f"is {has}; lower --guide-tokens or --max-new-tokens")
-    refuse(eos is None, f"{name} names no EOS token; its rollouts would never end")
+        refuse(eos is None, "it has no EOS token, so no rollout would end")
+        scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
+    need = cfg.max_prompt_tokens + cfg.guide_tokens + cfg.max_new_tokens
+    refuse(need > config.max_position_embeddings, f"question, guide and response need a context of "
+           f"{need}, more than {cfg.model} has; lower --guide-tokens or --max-new-tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos  # Qwen3 has two
 
 def load_model(cfg: Config) -> nn.Module:
     """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
     with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=getattr(torch, cfg.dtype), use_safetensors=True)
+            cfg.model, dtype=cfg.dtype, use_safetensors=True)
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        refuse(not adapter_tensors(model), f"it has no {', '.join(LORA_TARGETS)}")
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
-    add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    model.to("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    refuse(not adapter_tensors(model), f"--model {cfg.model} has no {', '.join(LORA_TARGETS)}")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.eval()
+    model.gradient_checkpointing_enable()
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
 
 def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     """The problems in the run's order, and the text of config.json; refuses to mix two runs."""
-    use_vllm(cfg)  # may refuse
     problems, unusable = load_problems(cfg.data)
     fit = [p for p in problems
            if len(student_prompt(tokenizer, p.problem, cfg.thinking)) <= cfg.max_prompt_tokens]
     refuse(not fit, f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}; raise it")
     print(f"data: {len(fit)} problems, {sum(not p.solution for p in fit)} without a solution; "
           f"dropped: {unusable} without an answer, {len(problems) - len(fit)} too long")
-    path, names = Path(cfg.output_dir) / "config.json", [f.name for f in fields(Config)]
-    record = asdict(cfg) | {
-        "versions": {p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
-        "data_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    refuse(path.exists() and not cfg.resume,
-           f"{path.parent} holds a run; add --resume or choose another --output-dir")
+    record = {"data_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
+              **asdict(cfg),
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+              "versions": {p.__name__: p.__version__ for p in (torch, transformers, datasets)}}
+    path, fixed = Path(cfg.output_dir) / "config.json", list(record)[: list(record).index("steps")]
+    refuse(path.exists() and not cfg.resume, f"{path.parent} holds a run; --resume or move it")
     refuse(cfg.resume and not path.exists(), f"{path.parent} holds no run to --resume")
     before = json.loads(path.read_text()) if cfg.resume else record
-    changed = [f"{name} (was {before[name]})" for name in
-               (*names[: names.index("steps")], "data_sha256") if before[name] != record[name]]
+    changed = [f"{name} (was {before[name]})" for name in fixed if before[name] != record[name]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
 def memory_estimate(cfg: Config, model: nn.Module) -> str:
-    """GB on the training side by part; README derives them."""
-    c = model.config
-    layers = c.num_hidden_layers * c.hidden_size + 8 * c.intermediate_size  # checkpoints, one layer
-    parts = {"weights, AdamW": sum(p.nbytes * (4 if p.requires_grad else 1)
+    """GB on the training side by part, from above; README derives them."""
+    c, size = model.config, model.dtype.itemsize
+    layer, longest = 8 * c.intermediate_size, cfg.max_prompt_tokens + cfg.max_new_tokens
+    parts = {"weights, AdamW": sum(p.nbytes * (1 + 3 * p.requires_grad)
                                    for p in model.parameters()),
              "float32 head": 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk),
-             "micro-batch": model.dtype.itemsize * cfg.micro_tokens * layers,
+             "teacher": size * cfg.micro_tokens * (c.hidden_size + layer),
+             "student": size * longest * (c.hidden_size * c.num_hidden_layers + layer),
              "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size}
-    text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    free = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else math.nan
-    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text}); {free:.1f} GB are free"
+    text = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
+    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text})"
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 
@@ -1122,8 +1079,8 @@ def make_toy(cfg: Config, steps: int = 250) -> Config:
 def score(run: Trainer, adapter: Path | None) -> float:
     """mean@G in percent on the toy's held-out problems, of a checkpoint or of the base model."""
     problems, _ = load_problems(f"{run.cfg.model}/heldout.jsonl")
-    groups = sample_groups(run.sampler, run.tokenizer, problems, run.cfg, 0, adapter)
-    return round(100 * fmean(r.correct for g in groups for r in g.rollouts), 1)
+    groups = run.sample(problems, 0, adapter)
+    return round(100 * fmean(y.correct for g in groups for y in g.rollouts), 1)
 
 # ==== Main ========================================================================================
 

@@ -113,8 +113,7 @@ def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, method, 
     folder = tiny_model(tmp_path / "model", seed=3, tie_word_embeddings=tied)
     run = trainer(model=str(folder), method=method, exclude_self=exclude_self, micro_tokens=150)
     perturb(run)
-    group = make_group(run, TEXTS, RIGHT)
-    examples, skipped = run.examples(group, strength=1.7)
+    examples, skipped = run.examples(group := make_group(run, TEXTS, RIGHT), strength=1.7)
     wrong = [j for j, right in enumerate(RIGHT) if not right]
     rows = wrong if method in ("ogls", "pos-only") else range(5)
     question, solution = group.problem.problem, group.problem.solution
@@ -159,29 +158,32 @@ def test_guided_hidden_equals_full_forwards_in_any_order_and_batch(trainer):
 
 def test_pools_and_the_reasons_to_skip(trainer):
     run = trainer()
-    why = lambda cfg, *args, **kw: ogls_sd.make_pools(make_group(run, *args, **kw), cfg)[2]
-    base, alone = run.cfg, replace(run.cfg, exclude_self=True)
-    assert why(base, TEXTS[:2], (True, True)) == "negative"
-    assert why(base, TEXTS[:2], (False, False)) is None  # s is the only positive guide
-    assert why(base, TEXTS[:2], (False, False), solution=False) == "positive"
-    assert why(alone, TEXTS[:2], (True, False)) == "wrong rollout"  # y_j is the only wrong one
-    assert why(base, ("", TEXTS[0]), (False, True)) == "negative"  # nothing to show
-    assert why(replace(base, method="opsd"), TEXTS[:2], (True, True)) is None
-    assert why(replace(base, method="grpo"), TEXTS[:2], (True, True)) == "wrong rollout"
-    assert why(replace(base, method="grpo"), TEXTS[:2], (False, False)) == "right rollout"
-    assert why(replace(base, method="sft"), TEXTS, RIGHT, solution=False) == "reference"
-    pools, rows, _ = ogls_sd.make_pools(make_group(run, TEXTS, RIGHT), base)
-    assert rows == [1, 2, 4]
-    assert [author for author, _ in pools["negative"]] == [1, 2, 4]  # y_j in its own pool
-    assert [author for author, _ in pools["positive"]] == [0, 3, None]
+    base = run.cfg
+    def why(texts, right, solution=True, **changes):
+        run.cfg = replace(base, **changes)
+        return run.pools(make_group(run, texts, right, solution))[1]
+    assert why(TEXTS[:2], (True, True)) == "negative"
+    assert why(TEXTS[:2], (False, False)) is None  # s is the only positive guide
+    assert why(TEXTS[:2], (False, False), solution=False) == "positive"
+    assert why(TEXTS[:2], (True, False), exclude_self=True) == "negative"  # y_j is the only one
+    assert why(("", TEXTS[0]), (False, True)) == "negative"  # nothing to show
+    assert why(TEXTS[:2], (True, True), method="opsd") is None
+    assert why(TEXTS[:2], (True, True), method="pos-only") == "wrong"
+    assert why(TEXTS[:2], (True, True), method="grpo") == "wrong"
+    assert why(TEXTS[:2], (False, False), method="grpo") == "right"
+    assert why(TEXTS, RIGHT, solution=False, method="sft") == "reference"
+    run.cfg, group = base, make_group(run, TEXTS, RIGHT)
+    pools, (a, b, c, d, e) = run.pools(group)[0], group.rollouts
+    assert pools["wrong"] == pools["negative"] == [b, c, e]  # y_j in its own pool
+    assert pools["positive"][:2] == [a, d] and len(pools["positive"]) == 3
+    assert pools["positive"][2].text == group.problem.solution
 
 def test_long_guides_keep_their_end(trainer):
     run = trainer(guide_tokens=4)
-    problem = run.problems[0]
-    text = "11^2 = 121, 12^2 = 144. \\boxed{(1, 2, 3)}"
-    end = run.tokenizer.decode(run.tokenizer.encode(text)[-4:])
-    prompt = ogls_sd.teacher_prompt(run.tokenizer, problem.problem, end)
-    assert text.endswith(end) and run.guide_prompt(problem, text) == prompt
+    tokens = run.tokenizer.encode(text := "11^2 = 121, 12^2 = 144. \\boxed{(1, 2, 3)}")
+    end = run.tokenizer.decode(tokens[-4:])
+    prompt = ogls_sd.teacher_prompt(run.tokenizer, "12^2?", end)
+    assert text.endswith(end) and run.guide_prompt("12^2?", Rollout([], tokens, [])) == prompt
 
 # ---- Divergence and gradient, eqs. (15)-(16) -----------------------------------------------------
 def test_divergence_by_hand():
@@ -233,17 +235,17 @@ def test_loss_and_gradients_of_a_step_equal_the_naive_loss(trainer, monkeypatch,
     count = sum(len(e.tokens) for e in examples)  # one denominator over the step
     check_update(run, monkeypatch, examples, loss / count)
 
-def test_eos_and_first_token_are_trained_and_padding_is_not(trainer):
+def test_eos_and_first_token_are_trained(trainer):
     run = trainer(distill_tokens=50)
     group = make_group(run, TEXTS[:3], RIGHT[:3])
     examples, _ = run.examples(group, 1.0)
     assert [e.tokens[-1] for e in examples] == [run.tokenizer.eos_token_id] * 2
-    hidden = ogls_sd.student_hidden(run.model, examples)
-    assert len(hidden) == sum(len(e.tokens) for e in examples)
+    hidden = ogls_sd.student_hidden(run.model, examples[1])
+    assert len(hidden) == len(examples[1].tokens)
     full = run.model.base_model(torch.tensor([examples[1].prompt + examples[1].tokens]))
     start = len(examples[1].prompt) - 1  # the prompt's last position predicts the first token
     mine = full.last_hidden_state[0, start : start + len(examples[1].tokens)]
-    torch.testing.assert_close(hidden[len(examples[0].tokens) :], mine, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden, mine, rtol=1e-4, atol=1e-5)
 
 def test_grpo_gradient_by_hand(trainer, monkeypatch):  # mean 1/2, std 1/2: A is +1 or -1
     run = trainer(method="grpo", max_grad_norm=1e9)
@@ -261,10 +263,11 @@ def test_grpo_gradient_by_hand(trainer, monkeypatch):  # mean 1/2, std 1/2: A is
 def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(trainer):
     sft = trainer(method="sft")
     group = make_group(sft, TEXTS[:2], (True, False))
-    (example,), _ = sft.examples(group, 0.0)
-    assert sft.tokenizer.decode(example.tokens[:-1]) == sft.tokenizer.decode(
-        sft.tokenizer.encode(group.problem.solution)[: sft.cfg.max_new_tokens - 1])
-    assert example.tokens[-1] == sft.tokenizer.eos_token_id and example.target is None
+    whole = sft.tokenizer.encode(group.problem.solution) + [sft.tokenizer.eos_token_id]
+    for longest in (5, 99):  # what is cut off does not end with EOS
+        sft.cfg = replace(sft.cfg, max_new_tokens=longest)
+        (example,), _ = sft.examples(group, 0.0)
+        assert example.tokens == whole[:longest] and example.target is None
     tail = trainer(tail_weight=0.1, tail_tokens=3)
     group = make_group(tail, TEXTS[:4], (True, True, False, False))  # the first is a long one
     examples, _ = tail.examples(group, 1.0)
@@ -477,8 +480,7 @@ def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
     for stop, correct in (([], False), ([eos], True)):
         made = [ogls_sd.make_rollout(run.tokenizer, run.eos, [], tokens + stop, [-1.0] * 99)]
         monkeypatch.setattr(run.sampler, "sample", lambda *args: iter([(0, made)]))
-        args = (run.sampler, run.tokenizer, run.problems[:1], run.cfg, 1, None)
-        assert ogls_sd.sample_groups(*args)[0].rollouts[0].correct is correct
+        assert run.sample(run.problems[:1], 1, None)[0].rollouts[0].correct is correct
 
 def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):  # vLLM wants a main guard
     pytest.importorskip("vllm")
@@ -496,7 +498,7 @@ if __name__ == "__main__":
     with ogls_sd.adapter_off(run.model):
         t.check_rollouts(run, run.sampler, None, 2e-3)
     run.train()
-    gaps = [line["engine_gap"] for line in ogls_sd.read_log(run.out / "metrics.jsonl")]
+    gaps = [line["engine_gap"] for line in t.logged(run.out)]
     assert len(gaps) == 2 and max(gaps) < 0.02, gaps
     print("engine agrees", gaps)
 """)
@@ -530,22 +532,22 @@ def test_no_example_no_step(trainer, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained))
 
 def test_alarms():
-    calm = dict(engine_gap=0.01, truncated=0.1, length=100, kl=0.1)
+    calm = dict(engine_gap=0.01, truncated=0.1, length=100)
     for steps, count, change in ((30, 0, {}), (1, 1, {"engine_gap": 0.2}), (9, 0, {"length": 900}),
-                                 (1, 1, {"truncated": 0.6}), (10, 2, {"length": 301, "kl": 0.31})):
-        assert len(ogls_sd.alarms([calm] * steps + [calm | change])) == count
+                                 (1, 1, {"truncated": 0.6}), (10, 1, {"length": 301})):
+        assert len([*ogls_sd.alarms([calm] * steps + [calm | change])]) == count
 
 def test_metrics_of_a_step_by_hand(trainer):
-    run = trainer(guide_tokens=6)
+    run = trainer()
     groups = [make_group(run, TEXTS[:3], RIGHT[:3]), make_group(run, TEXTS[3:4], (True,))]
     groups[0].rollouts[1].finished = False
     groups[0].rollouts[2].text = "Wait, let me check. Oops; waiting is not quite 'hold on'."
-    found = ogls_sd.rollout_metrics(groups, run.cfg, 2.0)
+    found = ogls_sd.rollout_metrics(groups, 2.0)
     tokens = [len(r.tokens) for g in groups for r in g.rollouts]
     assert found == pytest.approx({
         "reward": (1 / 3 + 1) / 2, "groups_right": 0.5, "groups_wrong": 0, "groups_mixed": 0.5,
         "length": sum(tokens) / 4, "truncated": 0.25, "no_box": 0.5, "markers": 5000 / sum(tokens),
-        "guides_cut": sum(n > 6 for n in tokens), "sampled_tokens_per_s": sum(tokens) / 2})
+        "sampled_tokens_per_s": sum(tokens) / 2})
 
 # ---- Nothing loses more than a step; nothing typed wrong ends in a traceback ---------------------
 STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
@@ -674,15 +676,15 @@ def test_signals(number, file, tiny, unbroken, tmp_path):
 
 @pytest.mark.parametrize("broken", [range(3, 4), range(2, 99)], ids=["one", "all"])
 def test_steps_that_are_not_finite(broken, tiny, tmp_path, monkeypatch, capfd):
-    real, calls = ogls_sd.student_hidden, itertools.count(1)  # one call a step
-    monkeypatch.setattr(ogls_sd, "student_hidden", lambda *args: real(*args) * (
-        math.nan if next(calls) in broken else 1.0))
+    real, calls = Trainer.update, itertools.count(1)
+    monkeypatch.setattr(Trainer, "update", lambda run, examples: real(run, [
+        *examples[:-1], replace(examples[-1], weight=math.nan if next(calls) in broken else 1.0)]))
     stopped = call(tiny, tmp_path, "--save-every", "1", "--steps", "7")
-    failures = [line["failures"] for line in logged(tmp_path)]
+    failed = [line["loss"] is None for line in logged(tmp_path)]
     saved = [f.read_bytes() for f in sorted(tmp_path.glob("step_*/adapter_model.safetensors"))]
-    assert [a == b for a, b in itertools.pairwise(saved)] == [n > 0 for n in failures]
+    assert [a == b for a, b in itertools.pairwise(saved)] == failed
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    assert failures == ([0, 1, 2, 3, 4, 5] if stopped else [0, 0, 1, 0, 0, 0, 0])
+    assert failed == ([False] + [True] * 5 if stopped else [step == 3 for step in range(1, 8)])
     assert not stopped or stopped == 2 and "five times" in one_line(capfd.readouterr().err)
 
 def test_full_disk(tiny, unbroken, tmp_path, capfd, request):
@@ -844,8 +846,7 @@ def test_what_is_shown_is_what_training_does(toy, monkeypatch):
     group = ogls_sd.Group(x, [ogls_sd.Rollout(prompt, y, [0.0] * len(y), True, t, t == texts[0])
                               for y, t in zip(ids, texts)])
     monkeypatch.setattr(scorer, "describe", lambda *a: seen.append((a[1], real(*a))) or seen[-1][1])
-    monkeypatch.setitem(ogls_sd.METHODS, "inspect", ("all", ogls_sd.METHODS["ogls"][1]))
-    monkeypatch.setitem(ogls_sd.TARGETS, "inspect", ogls_sd.TARGETS["ogls"])
+    monkeypatch.setitem(ogls_sd.METHODS, "inspect", ("all", *ogls_sd.METHODS["ogls"][1:]))
     page, y = scorer.show_group(run, group), ids[1]
     assert page.index("Rollout 2 is wrong") < page.index("Rollout 1 is right")
     prompts = [prompt, *(ogls_sd.teacher_prompt(run.tokenizer, x.problem, g)
@@ -989,10 +990,9 @@ def bench():
                 f"reads {naive:,}", ways, args.repeats, args.device)
     head, N = (model.get_output_embeddings().weight.float(), None), W * T
     hidden, target = torch.randn(2, N, model.config.hidden_size, device=args.device)
-    tokens, weights = torch.zeros(2, N, device=args.device)
+    tokens = torch.zeros(N, dtype=torch.long, device=args.device)
     loss = lambda chunk: ogls_sd.distill_backward(
-        hidden.clone().requires_grad_() * 1, target, tokens.long(), weights + 1, head,
-        Config(head_chunk=chunk))
+        hidden.clone().requires_grad_() * 1, target, tokens, 1.0, head, Config(head_chunk=chunk))
     measure(f"loss and its gradient, {N} positions, vocabulary {model.config.vocab_size:,}",
             {"unchunked": lambda: loss(N), "ours, 32 positions": lambda: loss(32)}, args.repeats,
             args.device)
