@@ -1036,8 +1036,8 @@ def toy_problem(rng: random.Random, said: dict[int, int], checks: float = 0.5) -
     return {"problem": "What are the squares of {}, {} and {}?".format(*said),
             "solution": f"{opener}{', '.join(facts)}. \\boxed{{{tuple(said.values())}}}"}
 
-def toy_example(rng: random.Random, tokenizer) -> Rollout:
-    """A text of the warm-up: half of them answer alone, half follow a guide."""
+def toy_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of a warm-up text: half of them answer alone, half follow a guide."""
     guided, roots = rng.random() < 0.5, rng.sample(ROOTS, 3)
     # A guide's numbers are arbitrary, so that the teacher learns to read and not to recall.
     said = {n: rng.choice(ROOTS if guided else (n, n, n, n + 1)) ** 2 for n in roots}
@@ -1046,7 +1046,8 @@ def toy_example(rng: random.Random, tokenizer) -> Rollout:
     prompt = student_prompt(tokenizer, row["problem"])
     if guided:
         prompt = teacher_prompt(tokenizer, row["problem"], toy_problem(rng, said)["solution"])
-    return Rollout(prompt, tokenizer.encode(row["solution"] + tokenizer.eos_token), [])
+    ids = tokenizer.encode(row["solution"] + tokenizer.eos_token)
+    return prompt + ids, [-100] * len(prompt) + ids
 
 def make_toy(cfg: Config, steps: int = 250) -> Config:
     """Makes DIR/toy once: a tiny Qwen3 after its warm-up, its tokenizer and problem files."""
@@ -1064,8 +1065,9 @@ def make_toy(cfg: Config, steps: int = 250) -> Config:
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in tqdm(range(steps), "warm-up of the toy", disable=None):
         batch = [toy_example(rng, tokenizer) for _ in range(64)]
-        logits = model.lm_head(student_hidden(model, batch))  # (N, V)
-        F.cross_entropy(logits, torch.tensor([y for r in batch for y in r.tokens])).backward()
+        ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
+                       for rows in zip(*batch))  # (B, L) each
+        model(input_ids=ids.clamp(min=0), labels=labels).loss.backward()  # right padding: no mask
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
