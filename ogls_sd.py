@@ -125,7 +125,7 @@ class Config:
     sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm if it runs")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
     sleep: bool = setting(False, "vLLM gives its memory back while the student trains")
-    micro_tokens: int = setting(40960, "padded tokens in one forward; memory only")
+    micro_tokens: int = setting(40960, "padded tokens in a teacher's forward; memory only")
     head_chunk: int = setting(256, "positions whose logits exist at a time; memory only")
 
 class OneLineParser(transformers.HfArgumentParser):
@@ -724,7 +724,7 @@ class Trainer:
 
     def __init__(self, cfg: Config):
         self.cfg, self.out, self.step = cfg, Path(cfg.output_dir), 0
-        self.logs = {"metrics": [], "samples": []}  # of all steps so far
+        self.logs = {"metrics": [], "samples": []}  # of all steps; in the checkpoint as well
         self.tokenizer, self.eos = open_model(cfg)
         self.problems, record = open_run(cfg, self.tokenizer)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
@@ -880,11 +880,11 @@ class Trainer:
             clock.append(time.perf_counter())
 
             # ---- Student, eqs. (15)-(16) ----
-            torch.manual_seed(step)  # of dropout, in a model that has any
+            torch.manual_seed(step)  # for dropout, in a model that has any
             learned = self.update(examples)
             clock.append(time.perf_counter())
 
-            # ---- Log, then save; the logs are part of the state, so they resume exactly too ----
+            # ---- Log, then save: both files are written anew from what the checkpoint holds ----
             sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
             metrics = {
                 "step": step, **rollout_metrics(groups, sample_s), **learned, "strength": strength,
@@ -985,12 +985,12 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     print(f"data: {len(fit)} problems, {sum(not p.solution for p in fit)} without a solution; "
           f"dropped: {unusable} without an answer, {len(problems) - len(fit)} too long")
     record = {"data_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
-              **asdict(cfg),
-              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-              "versions": {p.__name__: p.__version__ for p in (torch, transformers, datasets)}}
+              **asdict(cfg), "versions": {
+                  p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     path, fixed = Path(cfg.output_dir) / "config.json", list(record)[: list(record).index("steps")]
-    refuse(path.exists() and not cfg.resume, f"{path.parent} holds a run; --resume or move it")
-    refuse(cfg.resume and not path.exists(), f"{path.parent} holds no run to --resume")
+    found = "a run" if path.exists() else "no run"
+    refuse(path.exists() != cfg.resume, f"{path.parent} holds {found}; see --resume, --output-dir")
     before = json.loads(path.read_text()) if cfg.resume else record
     changed = [f"{name} (was {before[name]})" for name in fixed if before[name] != record[name]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
