@@ -141,7 +141,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
         cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     can_be_0 = ("top_k", "strength", "ramp_steps", "clip", "tail_weight", "lr", "seed")
     for name, value in asdict(cfg).items():
-        low, high = 0 if name in can_be_0 else 1e-9, 1 if name in ("top_p", "vllm_memory") else 2**62
+        low = 0 if name in can_be_0 else 1e-9
+        high = 1 if name in ("top_p", "vllm_memory") else 2**62
         refuse(type(value) in (int, float) and not low <= value <= high,
                f"--{name.replace('_', '-')} cannot be {value}; see --help")
     return cfg
@@ -504,7 +505,7 @@ def make_rollout(tokenizer, eos: list[int], x: list[int], y: list[int], logprobs
     return Rollout(x, y[:stop], logprobs[:stop], stop is not None, text)
 
 class VLLMSampler:
-    """vLLM in this process, so that it ends with the trainer.  New weights reach it as LoRA files."""
+    """vLLM in this process, to end with the trainer.  New weights reach it as LoRA files."""
 
     def __init__(self, cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
         os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -887,8 +888,8 @@ class Trainer:
             # ---- Log, then save: both files are written anew from what the checkpoint holds ----
             sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
             metrics = {
-                "step": step, **rollout_metrics(groups, sample_s), **learned, "strength": strength,
-                "skipped": skipped.total(), "skipped_for": dict(skipped),
+                "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
+                "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
                 "sample_s": sample_s, "teacher_s": teacher_s, "student_s": student_s,
                 "eta_s": (clock[-1] - began) / (step - first) * (cfg.steps - step),
                 "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
@@ -914,7 +915,7 @@ class Trainer:
             norms = [line["grad_norm"] for line in self.logs["metrics"][-5:]]  # None: not finite
             refuse(norms == [None] * 5, "loss not finite five times in a row; lower --lr")
 
-def rollout_metrics(groups: list[Group], seconds: float) -> dict:
+def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
     rollouts = [y for g in groups for y in g.rollouts]
     tokens = sum(len(y.tokens) for y in rollouts)
     right = [fmean(y.correct for y in g.rollouts) for g in groups]
@@ -924,6 +925,7 @@ def rollout_metrics(groups: list[Group], seconds: float) -> dict:
             "length": tokens / len(rollouts), "truncated": fmean(not y.finished for y in rollouts),
             "no_box": fmean(extract_boxed(y.text) is None for y in rollouts),
             "markers": 1000 * sum(len(MARKERS.findall(y.text)) for y in rollouts) / tokens,
+            "guides_cut": sum(len(y.tokens) > cfg.guide_tokens for y in rollouts),
             "sampled_tokens_per_s": tokens / seconds}
 
 def alarms(history: list[dict]) -> Iterator[str]:
@@ -933,8 +935,9 @@ def alarms(history: list[dict]) -> Iterator[str]:
         yield "engine_gap above 0.1: sampler and trainer disagree"
     if now["truncated"] > 0.5:
         yield "most rollouts are cut off; raise --max-new-tokens"
-    if len(history) > 10 and now["length"] > 3 * fmean(line["length"] for line in first):
-        yield "rollouts are three times as long as at first: a collapse?"
+    for name in ("length", "kl"):
+        if len(history) > 10 and (now[name] or 0) > 3 * fmean(m[name] or 0 for m in first):
+            yield f"{name} is three times its first steps': lambda's ramp, or a collapse?"
 
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
@@ -959,7 +962,8 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
         refuse(eos is None, "it has no EOS token, so no rollout would end")
         scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
-    need = cfg.max_prompt_tokens + cfg.guide_tokens + cfg.max_new_tokens
+    guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
+    need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
     refuse(need > config.max_position_embeddings, f"question, guide and response need a context of "
            f"{need}, more than {cfg.model} has; lower --guide-tokens or --max-new-tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos  # Qwen3 has two
@@ -1007,7 +1011,8 @@ def memory_estimate(cfg: Config, model: nn.Module) -> str:
              "student": size * longest * (c.hidden_size * c.num_hidden_layers + layer),
              "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size}
     text = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
-    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text})"
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.nan
+    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB of {free / 1e9:.1f} free ({text})"
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 

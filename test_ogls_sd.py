@@ -532,22 +532,22 @@ def test_no_example_no_step(trainer, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained))
 
 def test_alarms():
-    calm = dict(engine_gap=0.01, truncated=0.1, length=100)
+    calm = dict(engine_gap=0.01, truncated=0.1, length=100, kl=0.1)
     for steps, count, change in ((30, 0, {}), (1, 1, {"engine_gap": 0.2}), (9, 0, {"length": 900}),
-                                 (1, 1, {"truncated": 0.6}), (10, 1, {"length": 301})):
+                                 (1, 1, {"truncated": 0.6}), (10, 2, {"length": 301, "kl": 0.31})):
         assert len([*ogls_sd.alarms([calm] * steps + [calm | change])]) == count
 
 def test_metrics_of_a_step_by_hand(trainer):
-    run = trainer()
+    run = trainer(guide_tokens=6)
     groups = [make_group(run, TEXTS[:3], RIGHT[:3]), make_group(run, TEXTS[3:4], (True,))]
     groups[0].rollouts[1].finished = False
     groups[0].rollouts[2].text = "Wait, let me check. Oops; waiting is not quite 'hold on'."
-    found = ogls_sd.rollout_metrics(groups, 2.0)
+    found = ogls_sd.rollout_metrics(groups, run.cfg, 2.0)
     tokens = [len(r.tokens) for g in groups for r in g.rollouts]
     assert found == pytest.approx({
         "reward": (1 / 3 + 1) / 2, "groups_right": 0.5, "groups_wrong": 0, "groups_mixed": 0.5,
         "length": sum(tokens) / 4, "truncated": 0.25, "no_box": 0.5, "markers": 5000 / sum(tokens),
-        "sampled_tokens_per_s": sum(tokens) / 2})
+        "guides_cut": sum(n > 6 for n in tokens), "sampled_tokens_per_s": sum(tokens) / 2})
 
 # ---- Nothing loses more than a step; nothing typed wrong ends in a traceback ---------------------
 STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
