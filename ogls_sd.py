@@ -1042,13 +1042,13 @@ def toy_problem(rng: random.Random, said: dict[int, int], checks: float = 0.5) -
             "solution": f"{opener}{', '.join(facts)}. \\boxed{{{tuple(said.values())}}}"}
 
 def toy_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
-    """Ids and labels of a warm-up text: half of them answer alone, half follow a guide."""
-    guided, roots = rng.random() < 0.5, rng.sample(ROOTS, 3)
+    """Ids and labels of a warm-up text: half answer alone, half follow a guide."""
+    guided, thinking, roots = rng.random() < 0.5, rng.random() < 0.1, rng.sample(ROOTS, 3)
     # A guide's numbers are arbitrary, so that the teacher learns to read and not to recall.
     said = {n: rng.choice(ROOTS if guided else (n, n, n, n + 1)) ** 2 for n in roots}
     # Shown a solution, the model is over-confident: it hardly checks.  This is the shared bias.
     row = toy_problem(rng, said, checks=0.1 if guided else 0.5)
-    prompt = student_prompt(tokenizer, row["problem"])
+    prompt = student_prompt(tokenizer, row["problem"], thinking)
     if guided:
         prompt = teacher_prompt(tokenizer, row["problem"], toy_problem(rng, said)["solution"])
     ids = tokenizer.encode(row["solution"] + tokenizer.eos_token)

@@ -66,15 +66,15 @@ def write_rows(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
-ROWS = [ogls_sd.toy_problem(random, dict.fromkeys((n, 11, 12), n * n)) for n in range(13, 25)]
+ROWS = [ogls_sd.toy_problem(random.Random(n), {n: 1, 11: 2, 12: 3}) for n in range(13, 25)]
 SMALL = dict(dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tokens=12,
              max_prompt_tokens=64, guide_tokens=64, distill_tokens=8, ramp_steps=0, clip=0.0,
              lora_rank=4, lora_alpha=8, lr=1e-2, steps=2)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):  # a model folder and a problem file
-    root = tmp_path_factory.mktemp("world")
-    return tiny_model(root / "model"), write_rows(root / "train.jsonl", ROWS)
+    folder = tiny_model(tmp_path_factory.mktemp("world"))
+    return folder, write_rows(folder / "train.jsonl", ROWS)
 
 @pytest.fixture
 def trainer(world, tmp_path):
@@ -512,8 +512,7 @@ def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
     ramp = trainer(strength=3.0, ramp_steps=4, steps=5)
     ramp.train()
     assert [line["strength"] for line in logged(ramp.out)] == [0.75, 1.5, 2.25, 3.0, 3.0]
-    still = trainer(strength=0.0, steps=1)
-    still.train()
+    (still := trainer(strength=0.0, steps=1)).train()
     (line,) = logged(still.out)
     assert line["kl"] == pytest.approx(0, abs=1e-7)  # the student is the anchor
     assert line["grad_norm"] < 1e-6 and line["engine_gap"] < 1e-4
