@@ -43,10 +43,10 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 from typing import Literal, NamedTuple
 
 for package in ("torchvision", "torchaudio", "torchcodec"):  # only text is used, and one that was
@@ -122,7 +122,7 @@ class Config:
     resume: bool = setting(False, "go on from OUTPUT_DIR/last")
     save_every: int = setting(25, "steps between numbered checkpoints")
     show_every: int = setting(10, "steps between rollouts on the screen")
-    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm if it runs")
+    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm on a GPU")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
     sleep: bool = setting(False, "vLLM gives its memory back while the student trains")
     micro_tokens: int = setting(40960, "padded tokens in a teacher's forward; memory only")
@@ -223,13 +223,14 @@ MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 32_000   # of an answer, unordered lis
 DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), Rational(1, 10**120)
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
 ALIASES = {name: sign for sign, names in {
-    "": r"\left \right \big \bigl \bigr \Bigl \Bigr \! \( \) \[ \]", "≤": r"\le \leq <=", ":": "&",
-    " ": r"\displaystyle \boxed \quad ~ $ \$ \, \; \: " "\\", r"\power{1/2}": r"\sqrt √ sqrt",
-    "≥": r"\ge \geq >=", "≠": r"\ne \neq !=", "<": r"\lt", ">": r"\gt", "∈": r"\in", "∪": r"\cup",
-    "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄", "-": "− – —", "|": r"\lvert \rvert",
-    "%": r"\% percent pct", ",": r"; \\", "…": r"\dots \ldots \cdots", "°": r"\circ", "π": r"\pi",
-    r"\text": r"\mbox \textbf \textrm \textnormal \mathrm", "∞": r"\infty",
-    r"\frac": r"\dfrac \tfrac \cfrac", "e^": r"\exp"}.items() for name in names.split()}
+    "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", ":": "&", "<": r"\lt",
+    " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", r"\power{1/2}": r"\sqrt √ sqrt",
+    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", ">": r"\gt",
+    "∈": r"\in", "∪": r"\cup", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
+    "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
+    "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
+    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
+    r"\frac": r"\dfrac \tfrac \cfrac"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
     (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
