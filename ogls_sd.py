@@ -27,7 +27,6 @@ Commands
 """
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -477,12 +476,11 @@ def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     mine = adapter_tensors(model)
-    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (loaded, mine)]
-    refuse(shapes[0] != shapes[1], f"the adapter in {folder} is of another model or LoRA rank")
-    for name, tensor in loaded.items():
-        mine[name].copy_(tensor)
+    with explained(f"the adapter in {folder} does not fit this model and --lora-rank: {{reason}}"):
+        loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        for name, tensor in loaded.items():
+            mine[name].copy_(tensor)
 
 # ==== 5. Sampling: rollouts as token ids, from vLLM or Transformers' generate =====================
 
@@ -586,11 +584,7 @@ class HFSampler:
                                for y, p in zip(tokens[i * n :][:n], logprobs[i * n :])]
 
 def use_vllm(cfg: Config) -> bool:
-    """Told without importing it; `auto` takes vLLM where it finds a GPU."""
-    installed = importlib.util.find_spec("vllm") is not None
-    refuse(cfg.sampler == "vllm" and not installed, "vLLM is not installed; use --sampler hf")
-    wanted = {"vllm": True, "hf": False, "auto": torch.cuda.is_available()}
-    return installed and wanted[cfg.sampler]
+    return cfg.sampler == "vllm" or cfg.sampler == "auto" and torch.cuda.is_available()
 
 def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
     return (VLLMSampler(cfg, tokenizer, eos, tensor_parallel) if use_vllm(cfg)
@@ -994,8 +988,9 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
                   p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     path, fixed = Path(cfg.output_dir) / "config.json", list(record)[: list(record).index("steps")]
-    found = "a run" if path.exists() else "no run"
-    refuse(path.exists() != cfg.resume, f"{path.parent} holds {found}; see --resume, --output-dir")
+    found, do = ("a", "add") if path.exists() else ("no", "leave out")
+    refuse(path.exists() != cfg.resume,
+           f"{path.parent} holds {found} run; {do} --resume, or take another --output-dir")
     before = json.loads(path.read_text()) if cfg.resume else record
     changed = [f"{name} (was {before[name]})" for name in fixed if before[name] != record[name]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
@@ -1012,8 +1007,9 @@ def memory_estimate(cfg: Config, model: nn.Module) -> str:
              "student": size * longest * (c.hidden_size * c.num_hidden_layers + layer),
              "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size}
     text = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.nan
-    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB of {free / 1e9:.1f} free ({text})"
+    free = "" if not torch.cuda.is_available() else (
+        f"; {torch.cuda.mem_get_info()[0] / 1e9:.1f} are free")
+    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text}){free}"
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 

@@ -641,7 +641,7 @@ BAD = """--no-such-flag 1 | --no-such-flag; --step 3 | --step; --steps 1.5 | --s
 
 @pytest.mark.parametrize("row", BAD.split("; "))
 def test_bad_input_is_told_in_one_line(row, tiny, unbroken, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(ogls_sd.importlib.util, "find_spec", lambda name: None)  # no vLLM here
+    monkeypatch.setitem(sys.modules, "vllm", None)  # no vLLM here
     given, named = row.format(tiny=tiny, run=unbroken, big=10**20).split(" | ")
     before = tree(unbroken, tiny)
     assert call(tiny, tmp_path / "new", *given.split()) == 2
