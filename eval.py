@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         refuse(name not in (*SAMPLING, "vllm_memory") and value != getattr(paper, name),
                f"--{name.replace('_', '-')} is a setting of training; see --help")
     args.output = args.regrade or args.output or Path(f"scores/{Path(args.cfg.model).name}.jsonl")
-    args.model, args.data = args.cfg.model, SETS.get(args.data, args.data)
+    args.model = args.cfg.model
     return args
 
 # ==== Figures: scores and shares in percent, lengths in tokens ====================================
@@ -355,7 +355,8 @@ def inspect_run(args: argparse.Namespace) -> None:
     path = Path(adapter or args.model).parent / "config.json"  # the run's, if it is from one
     record = json.loads(path.read_text()) if path.exists() else {}
     cfg = replace(ogls.Config(), **{k: v for k, v in record.items() if hasattr(ogls.Config, k)})
-    cfg = replace(cfg, model=args.model, data=args.data or cfg.data, method="ogls", sampler="hf")
+    data = SETS.get(args.data, args.data) or cfg.data
+    cfg = replace(cfg, model=args.model, data=data, method="ogls", sampler="hf")
     ogls.METHODS["inspect"] = ("all", *ogls.METHODS["ogls"][1:])  # right rollouts as well
     with tempfile.TemporaryDirectory() as folder:
         run = ogls.Trainer(replace(cfg, method="inspect", output_dir=folder, resume=False))
@@ -485,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
                  inspect_run: args.inspect, premise: args.premise, evaluate: True}
         next(mode for mode, chosen in modes.items() if chosen)(args)
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -118,8 +118,8 @@ class Config:
     # From here on a setting may differ between a run and its --resume.
     steps: int = setting(100, "updates in all; OPSD's runs peak near 100")
     output_dir: str = setting("runs/ogls", "folder of all that the run writes")
-    resume: bool = setting(False, "go on from OUTPUT_DIR/last")
-    save_every: int = setting(25, "steps between numbered checkpoints")
+    resume: bool = setting(False, "go on from OUTPUT_DIR's newest step")
+    save_every: int = setting(25, "steps between checkpoints that stay")
     show_every: int = setting(10, "steps between rollouts on the screen")
     sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm on a GPU")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
@@ -474,13 +474,11 @@ def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
         "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": LORA_TARGETS}))
 
-@torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    mine = adapter_tensors(model)
     with explained(f"the adapter in {folder} does not fit this model and --lora-rank: {{reason}}"):
         loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        for name, tensor in loaded.items():
-            mine[name].copy_(tensor)
+        for name, tensor in adapter_tensors(model).items():
+            tensor.data = loaded[name].to(tensor).view_as(tensor)
 
 # ==== 5. Sampling: rollouts as token ids, from vLLM or Transformers' generate =====================
 
@@ -488,7 +486,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 class Rollout:
     prompt: list[int]  # x
     tokens: list[int]  # y, never re-tokenised on its way to the loss; ends with EOS if finished
-    logprobs: list[float]  # the sampler's own, at temperature 1 and without truncation
+    logprobs: list[float]  # vLLM's, at temperature 1 and without truncation; [] without it
     finished: bool = True  # False: cut at the token limit
     text: str = ""  # without special tokens
     correct: bool = False  # r, eq. (5)
@@ -507,8 +505,9 @@ class VLLMSampler:
     """vLLM in this process, to end with the trainer.  New weights reach it as LoRA files."""
 
     def __init__(self, cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
-                           "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
+        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+                           "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_KVCACHE_SPACE": "1",
+                           **os.environ})
         self.tokenizer, self.eos, self.calls, gpu = tokenizer, eos, 0, torch.cuda.is_available()
         with explained("vLLM does not start: {reason}; lower --vllm-memory, or use --sampler hf"):
             import vllm  # only here: all that can be refused is refused before this slow minute
@@ -562,26 +561,22 @@ class HFSampler:
         """As VLLMSampler.sample, batch by batch; each batch has the seed of its first prompt."""
         if adapter:
             load_adapter(self.model, adapter)
-        n = cfg.rollouts
-        logits = n * cfg.max_new_tokens * self.model.config.vocab_size  # all kept until the end
-        size = max(1, 2**29 // logits)
+        n, longest = cfg.rollouts, max(map(len, prompts)) + cfg.max_new_tokens
+        size = max(1, 2**17 // (n * longest))  # by the tokens whose keys and values are kept
         for at in range(0, len(prompts), size):
             batch = self.tokenizer.pad({"input_ids": prompts[at : at + size]}, padding_side="left",
-                                       return_tensors="pt").to(self.model.device)  # (B, L) each
+                                       return_tensors="pt").to(self.model.device)  # (B, P) each
             off = contextlib.nullcontext() if adapter else adapter_off(self.model)
             with torch.random.fork_rng(), off:
                 torch.manual_seed(seeds[at])
-                out = self.model.generate(
+                out = self.model.generate(  # (B n, P + T)
                     **batch, max_new_tokens=cfg.max_new_tokens, num_return_sequences=n,
                     do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
-                    eos_token_id=self.eos, pad_token_id=self.eos[0], output_logits=True,
-                    return_dict_in_generate=True)
-            logprobs = self.model.compute_transition_scores(
-                out.sequences, out.logits, normalize_logits=True).tolist()  # (B n, T)
-            tokens = out.sequences[:, -len(out.logits) :].tolist()  # (B n, T)
+                    eos_token_id=self.eos, pad_token_id=self.eos[0])
+            tokens = out[:, batch["input_ids"].shape[1] :].tolist()
             for i in range(len(tokens) // n):
-                yield at + i, [make_rollout(self.tokenizer, self.eos, prompts[at + i], y, p)
-                               for y, p in zip(tokens[i * n :][:n], logprobs[i * n :])]
+                yield at + i, [make_rollout(self.tokenizer, self.eos, prompts[at + i], y, [])
+                               for y in tokens[i * n : (i + 1) * n]]
 
 def use_vllm(cfg: Config) -> bool:
     return cfg.sampler == "vllm" or cfg.sampler == "auto" and torch.cuda.is_available()
@@ -835,13 +830,13 @@ class Trainer:
         temp.rename(folder)
         (self.out / "last").unlink(missing_ok=True)
         (self.out / "last").symlink_to(folder.name)
-        for old in sorted(self.out.glob("step_*"))[:-2]:
-            if int(old.name[5:]) % self.cfg.save_every:
+        for old in self.out.glob("step_??????"):
+            if int(old.name[5:]) % self.cfg.save_every and int(old.name[5:]) < self.step - 1:
                 shutil.rmtree(old)
 
     def restore(self) -> None:
         """Takes the newest undamaged checkpoint."""
-        for folder in sorted(self.out.glob("step_*"), reverse=True):
+        for folder in sorted(self.out.glob("step_??????"), reverse=True):
             manifest = folder / "manifest.json"
             if manifest.exists() and manifest.read_bytes() == checksums(folder):
                 break
@@ -876,7 +871,6 @@ class Trainer:
             clock.append(time.perf_counter())
 
             # ---- Student, eqs. (15)-(16) ----
-            torch.manual_seed(step)  # for dropout, in a model that has any
             learned = self.update(examples)
             clock.append(time.perf_counter())
 
@@ -908,7 +902,7 @@ class Trainer:
             self.step = step
             self.save()
             norms = [line["grad_norm"] for line in self.logs["metrics"][-5:]]  # None: not finite
-            refuse(norms == [None] * 5, "loss not finite five times in a row; lower --lr")
+            refuse(norms == [None] * 5, "loss not finite five times in a row; try a lower --lr")
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
     rollouts = [y for g in groups for y in g.rollouts]
@@ -931,7 +925,8 @@ def alarms(history: list[dict]) -> Iterator[str]:
     if now["truncated"] > 0.5:
         yield "most rollouts are cut off; raise --max-new-tokens"
     for name in ("length", "kl"):
-        if len(history) > 10 and (now[name] or 0) > 3 * fmean(m[name] or 0 for m in first):
+        before = [m[name] for m in first if m[name]] or [math.inf]
+        if len(history) > 10 and (now[name] or 0) > 3 * fmean(before):
             yield f"{name} is three times its first steps': lambda's ramp, or a collapse?"
 
 def write_text(path: Path, text: str) -> None:
@@ -940,7 +935,7 @@ def write_text(path: Path, text: str) -> None:
     path.with_suffix(".tmp").replace(path)
 
 def checksums(folder: Path) -> bytes:
-    files = sorted(f for f in folder.iterdir() if f.name != "manifest.json")
+    files = sorted([*folder.glob("adapter_*"), *folder.glob("trainer_*")])
     return json.dumps({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}).encode()
 
 def printable(text: str) -> str:
@@ -952,8 +947,11 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
     with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         student_prompt(tokenizer, "has it a chat template?")
-        eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
+        eos = config.eos_token_id
+        with contextlib.suppress(OSError):  # Qwen3 lists a second one there
+            eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
         refuse(eos is None, "it has no EOS token, so no rollout would end")
         scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
@@ -961,7 +959,7 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
     need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
     refuse(need > config.max_position_embeddings, f"question, guide and response need a context of "
            f"{need}, more than {cfg.model} has; lower --guide-tokens or --max-new-tokens")
-    return tokenizer, [eos] if isinstance(eos, int) else eos  # Qwen3 has two
+    return tokenizer, [eos] if isinstance(eos, int) else eos
 
 def load_model(cfg: Config) -> nn.Module:
     """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
@@ -992,7 +990,7 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     refuse(path.exists() != cfg.resume,
            f"{path.parent} holds {found} run; {do} --resume, or take another --output-dir")
     before = json.loads(path.read_text()) if cfg.resume else record
-    changed = [f"{name} (was {before[name]})" for name in fixed if before[name] != record[name]]
+    changed = [f"{n} (was {before.get(n)})" for n in fixed if before.get(n) != record[n]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
@@ -1008,7 +1006,7 @@ def memory_estimate(cfg: Config, model: nn.Module) -> str:
              "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size}
     text = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
     free = "" if not torch.cuda.is_available() else (
-        f"; {torch.cuda.mem_get_info()[0] / 1e9:.1f} are free")
+        f"; beside weights and vLLM {torch.cuda.mem_get_info()[0] / 1e9:.1f} are free")
     return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text}){free}"
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
@@ -1102,16 +1100,18 @@ def main(argv: list[str] | None = None) -> int:
         run = Trainer(make_toy(cfg) if cfg.toy else cfg)
         run.train()
         if cfg.toy:
-            summary = {"before": score(run, None), "after": score(run, run.out / "last"),
+            newest = run.out / f"step_{run.step:06d}"
+            summary = {"before": score(run, None), "after": score(run, newest),
                        "steps": run.step, "seconds": round(time.perf_counter() - began)}
             write_text(run.out / "summary.json", json.dumps(summary))
             print(f"held-out mean@{cfg.rollouts} in percent:", summary)
         return 0
     except KeyboardInterrupt as stopped:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
         return 128 + stopped.args[0]
     except torch.OutOfMemoryError:
-        print("error: GPU memory is full; lower --micro-tokens or --vllm-memory", file=sys.stderr)
+        print("error: GPU memory is full; lower --micro-tokens, --max-new-tokens or --vllm-memory, "
+              "or add --sleep", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2

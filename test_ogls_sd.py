@@ -425,45 +425,46 @@ def test_a_bf16_model_trains_its_adapter_in_float32(trainer):
     assert not all(torch.equal(a, b) for a, b in zip(before, run.trained))  # no step is lost
 
 # ---- Sampling ------------------------------------------------------------------------------------
-def check_rollouts(run, sampler, adapter, tolerance):
+def check_rollouts(run, sampler, adapter):
     """Ids, ends and log probabilities against plain forwards of the trainer's model."""
     prompts = [[5, 6, 7], list(range(4, 24)), [9, 10]]
     cfg = replace(run.cfg, rollouts=16, max_new_tokens=40)
     made = dict(sampler.sample(prompts, [0, 16, 32], adapter, cfg))
     assert sorted(made) == [0, 1, 2] and all(len(rollouts) == 16 for rollouts in made.values())
-    finished = 0
+    finished = [rollout for rollouts in made.values() for rollout in rollouts if rollout.finished]
+    assert finished or cfg.top_k == 1
     for i, rollouts in made.items():
         for rollout in rollouts:
-            assert len(rollout.tokens) == len(rollout.logprobs) <= 40
+            assert rollout.finished and len(rollout.tokens) <= 40 or len(rollout.tokens) == 40
             ends = [t in run.eos for t in rollout.tokens]
             assert ends.index(True) == len(ends) - 1 if rollout.finished else not any(ends)
-            assert rollout.finished or len(rollout.tokens) == 40
-            finished += rollout.finished
-            with torch.no_grad():
-                logits = naive_logits(run.model, prompts[i], rollout.tokens)
+            logits = torch.no_grad()(naive_logits)(run.model, prompts[i], rollout.tokens)
             mine = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens].tolist()
-            assert mine == pytest.approx(rollout.logprobs, rel=tolerance, abs=tolerance)
-    return made, finished
+            if isinstance(sampler, ogls_sd.VLLMSampler):
+                assert mine == pytest.approx(rollout.logprobs, rel=2e-3, abs=2e-3)
+            if cfg.top_k == 1:
+                assert logits.argmax(-1).tolist() == rollout.tokens
+    return made
 
-def test_generate_returns_ids_ends_and_raw_log_probabilities(trainer):
+def test_generate_returns_ids_and_ends(trainer):
     run = trainer()
     perturb(run)
     run.save()
-    made, finished = check_rollouts(run, run.sampler, run.out / "last", 1e-3)
-    assert finished  # some reached EOS
-    assert made == check_rollouts(run, run.sampler, run.out / "last", 1e-3)[0]  # seeded
+    made = check_rollouts(run, run.sampler, run.out / "last")
+    assert made == check_rollouts(run, run.sampler, run.out / "last")  # seeded
+    run.cfg = replace(run.cfg, top_k=1)  # greedy: each token is the naive forward's likeliest
+    check_rollouts(run, run.sampler, run.out / "last")
     run.model.generation_config.top_k = 1  # what a model folder may ask for is overruled
-    free = dict(run.sampler.sample([[5, 6, 7]], [0], run.out / "last",
-                                   replace(run.cfg, rollouts=16, top_k=0, top_p=1.0)))
-    assert len({tuple(r.tokens) for r in free[0]}) > 1
+    cfg = replace(run.cfg, rollouts=16, top_k=0, top_p=1.0)
+    ((_, free),) = run.sampler.sample([[5, 6, 7]], [0], run.out / "last", cfg)
+    assert len({tuple(r.tokens) for r in free}) > 1
 
 def test_response_ids_reach_the_loss_untouched(trainer, monkeypatch):  # nothing re-tokenises
     run = trainer(questions=1, rollouts=2, steps=1)
     unk = run.tokenizer.unk_token_id
     odd = [unk, 7, unk, unk, run.tokenizer.eos_token_id]
     assert run.tokenizer.encode(run.tokenizer.decode(odd, skip_special_tokens=True)) != odd
-    made = [ogls_sd.make_rollout(run.tokenizer, run.eos, [7], list(odd), [-1.0] * 5)
-            for _ in range(2)]
+    made = 2 * [ogls_sd.make_rollout(run.tokenizer, run.eos, [7], list(odd), [-1.0] * 5)]
     monkeypatch.setattr(run.sampler, "sample", lambda *args: iter([(0, made)]))
     seen = []
     monkeypatch.setattr(run, "update", lambda examples: seen.extend(examples) or {
@@ -493,10 +494,9 @@ if __name__ == "__main__":
     for seed in (1, 2):  # the second adapter must replace the first
         t.perturb(run, seed)
         run.save()
-        made, finished = t.check_rollouts(run, run.sampler, run.out / "last", 2e-3)
-        assert finished
+        t.check_rollouts(run, run.sampler, run.out / "last")
     with ogls_sd.adapter_off(run.model):
-        t.check_rollouts(run, run.sampler, None, 2e-3)
+        t.check_rollouts(run, run.sampler, None)
     run.train()
     gaps = [line["engine_gap"] for line in t.logged(run.out)]
     assert len(gaps) == 2 and max(gaps) < 0.02, gaps
@@ -515,7 +515,7 @@ def test_lambda_ramps_and_strength_0_moves_nothing(trainer):
     (still := trainer(strength=0.0, steps=1)).train()
     (line,) = logged(still.out)
     assert line["kl"] == pytest.approx(0, abs=1e-7)  # the student is the anchor
-    assert line["grad_norm"] < 1e-6 and line["engine_gap"] < 1e-4
+    assert line["grad_norm"] < 1e-6 and line["engine_gap"] is None  # no vLLM
 
 def test_no_example_no_step(trainer, monkeypatch):
     run = trainer(steps=1)
@@ -652,7 +652,7 @@ def test_bad_input_is_told_in_one_line(row, tiny, unbroken, tmp_path, capfd, mon
     ("adapter_model*", lambda data: data[:1000], 1), ("manifest*", None, 1), ("*", None, 1),
     ("adapter_model*", lambda data: data[:-1] + bytes([data[-1] ^ 1]), 1),  # one bit
     ("trainer_state.pt", None, 1), ("trainer_state.pt", lambda data: b"garbage" * 99, 1),
-    ("trainer_state.pt", lambda data: b"", 2)])  # the last two
+    ("trainer_state.pt", lambda data: b"", 3)])  # the last three
 def test_damaged_checkpoint(files, damaged, count, tiny, unbroken, tmp_path, capfd):
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True, symlinks=True)
     for folder in sorted(tmp_path.glob("step_*"))[-count:]:
@@ -666,7 +666,7 @@ def test_damaged_checkpoint(files, damaged, count, tiny, unbroken, tmp_path, cap
 def test_signals(number, file, tiny, unbroken, tmp_path):
     wait_for((tmp_path / file).exists, process := start(tiny, tmp_path))
     process.send_signal(number)
-    assert process.communicate()[1] == "stopped; --resume goes on from the last checkpoint\n"
+    assert process.communicate()[1].endswith("goes on from the last checkpoint, if any\n")
     assert process.returncode == 128 + number
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # its group is empty: no process is left
