@@ -223,13 +223,13 @@ DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), Rational(1, 10**120)
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
 ALIASES = {name: sign for sign, names in {
     "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", ":": "&", "<": r"\lt",
-    " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", r"\power{1/2}": r"\sqrt √ sqrt",
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", ">": r"\gt",
+    " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", ">": r"\gt",
+    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=",
     "∈": r"\in", "∪": r"\cup", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
     "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
     "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
-    r"\frac": r"\dfrac \tfrac \cfrac"}.items() for name in names.split()}
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\power{1/2}": r"\sqrt √ sqrt"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
     (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
