@@ -229,7 +229,8 @@ ALIASES = {name: sign for sign, names in {
     "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
     "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\power{1/2}": r"\sqrt √ sqrt"}.items() for name in names.split()}
+    r"\frac": r"\dfrac \tfrac \cfrac",
+    r"\power{1/2}": r"\sqrt √ sqrt"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
     (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
