@@ -30,6 +30,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+import ogls_sd as ogls  # first: it hides a torchvision that would break Transformers
 import datasets
 import numpy as np
 import pandas as pd
@@ -37,7 +38,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import ogls_sd as ogls
 from ogls_sd import (MARKERS, Config, UserError, explained, extract_boxed, grade, refuse,
                      same_answer, student_prompt, write_text)
 

