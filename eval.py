@@ -52,8 +52,8 @@ FIELDS = ("checkpoint", "set", "question", "sample", "text", "length", "finish_r
           "gold", "correct")  # of each line of --output
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = ogls.OneLineParser([], description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--adapter", nargs="+", type=Path, default=[], help="checkpoint folders to score")
     add("--no-base", action="store_true", help="do not score the base model")
@@ -69,7 +69,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", default="runs/table", help="of --toy-table (default: runs/table)")
     add("--inspect", metavar="N", type=int, help="show what the teacher says on N questions")
     add("--premise", action="store_true", help="compare plain and privileged digit prompts")
-    args, rest = parser.parse_known_args(argv)
+    with explained("{reason}; see --help"):
+        args, rest = parser.parse_known_args(argv)
     paper, args.cfg = (ogls.parse_args([*PAPER, *more, f"--rollouts={args.k}"])
                        for more in ([], rest))
     for name, value in asdict(args.cfg).items():
@@ -187,10 +188,9 @@ def prepare(args: argparse.Namespace) -> tuple:
     refuse(args.no_base and not args.adapter, "--no-base without --adapter leaves nothing to score")
     adapters = {f"adapter {a}": adapter_settings(a, args.cfg.model) for a in args.adapter}
     rank, alpha = max([a[:2] for a in adapters.values()], default=(8, 8))
-    kind = "vllm" if ogls.use_vllm(args.cfg) else "hf"
-    refuse(kind == "hf" and any(a[:2] != [rank, alpha] for a in adapters.values()),
+    refuse(args.cfg.sampler == "hf" and any(a[:2] != [rank, alpha] for a in adapters.values()),
            "--sampler hf takes adapters of one LoRA rank and alpha at a time")
-    cfg = replace(args.cfg, sampler=kind, lora_rank=rank, lora_alpha=alpha)
+    cfg = replace(args.cfg, lora_rank=rank, lora_alpha=alpha)
     tokenizer, _ = ogls.open_model(cfg)
     problems, hashes = load_sets(args.data or "aime24,aime25")
     # The longest question has to fit as well: dropping it would be another benchmark.

@@ -1,8 +1,7 @@
 """OGLS-SD in one file: on-policy self-distillation with outcome-guided logit steering.
 
-A readable reference of Yang, Wang and Zhang, arXiv:2605.12400, to read beside the paper, run on one
-GPU and fork; equation numbers are those of v1.  In: a model and problems with answers; out: LoRA
-checkpoints.  Algorithm 1, for each question x:
+To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers: v1), to run on
+one GPU, to fork.  Problems with answers in, LoRA checkpoints out.  Algorithm 1, for each question x:
   1. sample G rollouts y_1..y_G from the student and grade them, r_j = 0 or 1           eqs. (4)-(5)
   2. pools: P+ = correct rollouts and the reference solution s, P- = wrong rollouts     eqs. (6)-(9)
   3. the teacher reads each wrong y_j under every guide g; Delta = mean over P+ - P-  eqs. (10)-(11)
@@ -15,15 +14,15 @@ Glossary
   theta student: base weights and LoRA adapter   theta' teacher: the same base, adapter off
   Axes: B sequences of a batch, R responses to a question, L sequence length, P prompt, T response
   tokens, d hidden width, V vocabulary, r LoRA rank
-Departures from the paper, each marked again where it happens (README has the source of every value)
-  - Hidden states are averaged and steered in place of logits: the same mathematics, see `steer`.
-  - Forward KL, from readers' notes on v2 [v2]; `--kl reverse` is eq. (15) as printed in v1.
-  - 32 questions an update [OPSD], one in Algorithm 1; lambda ramps up linearly [us].
-  - A rollout that is cut off or has no box counts as wrong, and so is a negative guide [us].
+Departures from the paper, marked again where they happen (README has the source of every value)
+  Hidden states are averaged and steered in place of logits: the same mathematics, see `steer`.
+  Forward KL, from readers' notes on v2 [v2]; `--kl reverse` is eq. (15) as printed in v1.
+  32 questions an update [OPSD], one in Algorithm 1; lambda ramps up linearly [us].
+  A rollout that is cut off or has no box counts as wrong, and so is a negative guide [us].
 Commands
-    python ogls_sd.py --model Qwen/Qwen3-1.7B                                  # one GPU
-    python ogls_sd.py --toy --output-dir runs/toy                              # any machine
-    python ogls_sd.py --model Qwen/Qwen3-1.7B --output-dir runs/ogls --resume  # go on
+  python ogls_sd.py --model Qwen/Qwen3-1.7B                                  # one GPU
+  python ogls_sd.py --toy --output-dir runs/toy                              # any machine
+  python ogls_sd.py --model Qwen/Qwen3-1.7B --output-dir runs/ogls --resume  # go on
 """
 import contextlib
 import hashlib
@@ -55,7 +54,6 @@ import datasets
 import safetensors.torch
 import sympy
 import torch
-import torch.nn.functional as F
 import transformers
 from sympy import Add, Expr, Integer, Mul, Pow, Rational, nan, oo
 from torch import Tensor, nn
@@ -63,7 +61,6 @@ from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 # ==== 1. Config: every setting, its meaning and where its value comes from ========================
-
 class UserError(Exception):
     """What the user can mend: told in one line on stderr, exit code 2."""
 
@@ -119,25 +116,21 @@ class Config:
     steps: int = setting(100, "updates in all; OPSD's runs peak near 100")
     output_dir: str = setting("runs/ogls", "folder of all that the run writes")
     resume: bool = setting(False, "go on from OUTPUT_DIR's newest step")
-    save_every: int = setting(25, "steps between checkpoints that stay")
-    show_every: int = setting(10, "steps between rollouts on the screen")
+    save_every: int = setting(25, "steps between checkpoints that stay, and samples on the screen")
     sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm on a GPU")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
-    sleep: bool = setting(False, "vLLM gives its memory back while the student trains")
     micro_tokens: int = setting(40960, "padded tokens in a teacher's forward; memory only")
     head_chunk: int = setting(256, "positions whose logits exist at a time; memory only")
 
-class OneLineParser(transformers.HfArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
 def parse_args(argv: list[str] | None = None) -> Config:
     """Flags are Config's fields; with --toy the defaults are TOY's."""
-    parser = OneLineParser(Config, description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     if "--toy" in (sys.argv if argv is None else argv):
         parser.set_defaults(**TOY)
     with explained("{reason}; see --help"):
         cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    if cfg.sampler == "auto":
+        cfg = replace(cfg, sampler="vllm" if torch.cuda.is_available() else "hf")
     can_be_0 = ("top_k", "strength", "ramp_steps", "clip", "tail_weight", "lr", "seed")
     for name, value in asdict(cfg).items():
         low = 0 if name in can_be_0 else 1e-9
@@ -147,7 +140,6 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return cfg
 
 # ==== 2. Data: problems and the two prompts =======================================================
-
 REQUEST = "\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 STUDENT_TEMPLATE = "Problem: {problem}" + REQUEST
 # The wording is the same for right and wrong guides and does not tell them apart: what it adds to
@@ -207,7 +199,6 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
     return user_turn(tokenizer, thinking, TEACHER_TEMPLATE, problem=problem, guide=guide)
 
 # ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
-
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
 # exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists and
 # \{sets\} are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
@@ -422,7 +413,6 @@ def grade(response: str, gold: str) -> bool:
     return same_answer(extract_boxed(response) or "", str(gold))
 
 # ==== 4. LoRA: the student is the base plus an adapter, the teacher the base without it ===========
-
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 class LoRALinear(nn.Module):
@@ -431,13 +421,13 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: int):
         super().__init__()
-        self.base, self.scale, self.enabled = base, alpha / rank, True
+        self.base, self.scale, self.adapter_on = base, alpha / rank, True
         bound = base.in_features**-0.5
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
-        if not self.enabled:
+        if not self.adapter_on:
             return self.base(x)
         update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
         return self.base(x) + self.scale * update
@@ -458,14 +448,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the teacher theta'."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
-    for layer in layers:
-        layer.enabled = False
+    model.apply(lambda layer: setattr(layer, "adapter_on", False))  # LoRALinear reads it
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        model.apply(lambda layer: setattr(layer, "adapter_on", True))
 
 def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
     """PEFT's format: PEFT and vLLM load the folder as it is."""
@@ -482,7 +469,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             tensor.data = loaded[name].to(tensor).view_as(tensor)
 
 # ==== 5. Sampling: rollouts as token ids, from vLLM or Transformers' generate =====================
-
 @dataclass
 class Rollout:
     prompt: list[int]  # x
@@ -491,10 +477,8 @@ class Rollout:
     finished: bool = True  # False: cut at the token limit
     text: str = ""  # without special tokens
     correct: bool = False  # r, eq. (5)
-    # What is taught on it, at its tokens from `start` on
     target: Tensor | None = None  # (T, d) steered states to distil; None: imitate the tokens
     weight: float = 1.0  # in the loss: GRPO's advantage, the tail's weight
-    start: int = 0
 
 def make_rollout(tokenizer, eos: list[int], x: list[int], y: list[int], logprobs: list[float]):
     """Ends at the first EOS; what pads the batch after it may be the same id."""
@@ -516,7 +500,7 @@ class VLLMSampler:
                 cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens, enable_lora=True,
                 max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),  # a power of two
-                max_loras=1, enable_sleep_mode=cfg.sleep, tensor_parallel_size=tensor_parallel,
+                max_loras=1, tensor_parallel_size=tensor_parallel,
                 # On a CPU a prompt split into chunks and a seed of its own stop the engine.
                 enforce_eager=not gpu, enable_chunked_prefill=gpu)
 
@@ -528,8 +512,6 @@ class VLLMSampler:
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
         engine = self.llm.llm_engine
-        if cfg.sleep and self.calls:
-            self.llm.wake_up()
         # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
         self.calls += 1
         lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
@@ -547,8 +529,6 @@ class VLLMSampler:
                         self.tokenizer, self.eos, prompts[i], list(out.token_ids),
                         [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
                         for out in done.outputs]
-        if cfg.sleep:
-            self.llm.sleep(level=1)
 
 class HFSampler:
     """Transformers' generate on the trainer's own model, where vLLM does not run."""
@@ -579,25 +559,12 @@ class HFSampler:
                 yield at + i, [make_rollout(self.tokenizer, self.eos, prompts[at + i], y, [])
                                for y in tokens[i * n : (i + 1) * n]]
 
-def use_vllm(cfg: Config) -> bool:
-    return cfg.sampler == "vllm" or cfg.sampler == "auto" and torch.cuda.is_available()
-
 def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-    return (VLLMSampler(cfg, tokenizer, eos, tensor_parallel) if use_vllm(cfg)
-            else HFSampler(cfg, tokenizer, eos))
+    if cfg.sampler == "vllm":
+        return VLLMSampler(cfg, tokenizer, eos, tensor_parallel)
+    return HFSampler(cfg, tokenizer, eos)
 
 # ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
-
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices grouped so that rows x longest row stays within `budget` (one row at least).
-    Longest first: little padding, and memory runs out in the first batch or in none."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
 class PrefixCache(transformers.DynamicCache):
     """One prompt's keys and values under any number of responses.  Once frozen, what is read on
     top of it is attended to but not kept: it never grows, and a batch costs one layer's memory."""
@@ -618,6 +585,7 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
     and all responses on top of it.  States beyond a response's end are padding."""
     model.eval()  # in train mode gradient checkpointing would drop the cache without a word
     full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
+    order = sorted(range(len(responses)), key=lambda i: -len(responses[i]))  # little padding
     for prompt in guides:
         cache = PrefixCache()
         with torch.no_grad(), adapter_off(model):
@@ -625,7 +593,9 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
             first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
             cache.frozen = True
             hidden = first.repeat(len(responses), max(map(len, responses)), 1)  # (R, T, d)
-            for rows in micro_batches([len(prompt) + len(y) for y in responses], budget):
+            size = max(1, budget // (len(prompt) + hidden.shape[1]))  # rows read at a time
+            for at in range(0, len(order), size):
+                rows = order[at : at + size]
                 batch = [torch.tensor(responses[i], device=model.device) for i in rows]
                 ids = nn.utils.rnn.pad_sequence(batch, True)  # (B, T); causal: padding is not seen
                 T = ids.shape[1]
@@ -637,11 +607,12 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
         yield hidden
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
-              keep: Tensor, budget: int) -> Tensor:  # keep (guides, R) -> (R, T, d)
-    """Mean over a pool, eq. (10), in float32; keep is 0 where a guide does not count for a row."""
+              budget: int, exclude_self: bool = False) -> Tensor:  # (R, T, d)
+    """Mean over a pool, eq. (10), in float32; `exclude_self`: guide i is left out for response i."""
+    keep = 1 - torch.eye(len(prompts), len(responses)) * exclude_self  # (guides, R)
     weights = (keep / keep.sum(0)).to(model.device)[..., None, None]  # (guides, R, 1, 1)
-    states = guided_hidden(model, prompts, responses, budget)
-    return sum(h.float() * w for h, w in zip(states, weights))
+    return sum(h.float() * w for h, w in
+               zip(guided_hidden(model, prompts, responses, budget), weights))
 
 def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
     """zT = z0 + lambda (zbar+ - zbar-), eqs. (11) and (13) of arXiv:2605.12400v1; any one shape.
@@ -676,7 +647,7 @@ def student_hidden(model: nn.Module, y: Rollout) -> Tensor:  # (T, d)
     """The student's final states at the positions that predict the trained tokens."""
     model.train()  # Transformers checkpoints gradients in train mode only
     ids = torch.tensor([y.prompt + y.tokens[:-1]], device=model.device)  # (1, L)
-    return model.base_model(ids, use_cache=False).last_hidden_state[0, y.start - len(y.tokens) :]
+    return model.base_model(ids, use_cache=False).last_hidden_state[0, -len(y.tokens) :]
 
 def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weight: float,
                      head: tuple[Tensor, Tensor | None], cfg: Config) -> Tensor:  # (3, T)
@@ -689,22 +660,21 @@ def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weig
     for at in range(0, len(tokens), cfg.head_chunk):
         part = slice(at, at + cfg.head_chunk)
         h = hidden[part].detach().float().requires_grad_()
-        logits = F.linear(h, *head)  # (chunk, V)
+        logits = nn.functional.linear(h, *head)  # (chunk, V)
         if target is None:
             heat = cfg.temperature if cfg.method == "grpo" else 1.0
-            loss = exact = F.cross_entropy(logits / heat, tokens[part], reduction="none")
+            loss = exact = nn.functional.cross_entropy(logits / heat, tokens[part], reduction="none")
         else:
-            steered = F.linear(target[part], *head)  # (chunk, V)
+            steered = nn.functional.linear(target[part], *head)  # (chunk, V)
             loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
         grad[part] = torch.autograd.grad(weight * loss.sum(), h)[0]
-        logp = -F.cross_entropy(logits.detach(), tokens[part], reduction="none")
+        logp = -nn.functional.cross_entropy(logits.detach(), tokens[part], reduction="none")
         out[:, part] = torch.stack([loss.detach(), exact.detach(), logp])
     hidden.backward(grad.to(hidden.dtype))
     return out
 
 # ==== 7. Training: Algorithm 1 over the data, and checkpoints that survive a kill =================
-
 MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsider|check))\b", re.I)
 
 class Group(NamedTuple):
@@ -749,18 +719,19 @@ class Trainer:
         reference = [Rollout(x, s, [], text=text)] if text else []  # a guide as rollouts are
         right, wrong = ([y for y in group.rollouts if y.correct == r] for r in (True, False))
         pools = {"all": group.rollouts, "right": right, "wrong": wrong, "reference": reference,
-                 "positive": right + reference, "negative": [y for y in wrong if y.text.strip()],
+                 "positive": right + reference, "negative": wrong,
                  "anchor": [Rollout(x, [], [])]}  # without a guide, eq. (12)
         trained, guides, _ = METHODS[self.cfg.method]
-        least = {"negative": 1 + self.cfg.exclude_self}  # one of them may be y_j itself
-        missing = [name for name in (*guides, trained) if len(pools[name]) < least.get(name, 1)]
+        own = {"negative": self.cfg.exclude_self}  # y_j itself is one of them
+        missing = [name for name in (*guides, trained) if len(pools[name]) <= own.get(name, 0)]
         return pools, missing[0] if missing else None
 
     def guide_prompt(self, problem: str, guide: Rollout) -> list[int]:
         """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
         end = guide.tokens[-self.cfg.guide_tokens :]
         text = self.tokenizer.decode(end, skip_special_tokens=True)
-        return teacher_prompt(self.tokenizer, problem, text, self.cfg.thinking)
+        prompt = teacher_prompt(self.tokenizer, problem, text, self.cfg.thinking)
+        return prompt if end else guide.prompt  # the anchor's
 
     def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
         """Eqs. (6)-(14): rollouts with what a question teaches on them, or the pool it lacks."""
@@ -777,19 +748,16 @@ class Trainer:
             return [replace(y, weight=(y.correct - mean) / std) for y in rows], None
         responses, means = [y.tokens[: cfg.distill_tokens] for y in rows], []
         for name in guides:
-            prompts = [self.guide_prompt(group.problem.problem, g) if g.tokens else g.prompt
-                       for g in pools[name]]
-            leave_own = cfg.exclude_self and name == "negative"
-            keep = torch.tensor([[float(not (leave_own and g is y)) for y in rows]
-                                 for g in pools[name]])  # (guides, R)
-            means.append(pool_mean(self.model, prompts, responses, keep, cfg.micro_tokens))
+            prompts = [self.guide_prompt(group.problem.problem, g) for g in pools[name]]
+            means.append(pool_mean(self.model, prompts, responses, cfg.micro_tokens,
+                                   cfg.exclude_self and name == "negative"))
         targets = target(*means, strength)  # (R, T, d)
         taught = [replace(y, tokens=tokens, target=states[: len(tokens)])
                   for y, tokens, states in zip(rows, responses, targets)]
         if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
             short = median(len(y.tokens) for y in group.rollouts)  # what is short: [us]
-            ends = [y for y in pools["right"] if len(y.tokens) <= short]
-            taught += [replace(y, start=max(0, len(y.tokens) - cfg.tail_tokens),
+            ends, n = [y for y in pools["right"] if len(y.tokens) <= short], cfg.tail_tokens
+            taught += [Rollout(y.prompt + y.tokens[:-n], y.tokens[-n:], y.logprobs[-n:],
                                weight=cfg.tail_weight) for y in ends]
         return taught, None
 
@@ -797,17 +765,17 @@ class Trainer:
         """Eqs. (15)-(16): loss and gradient, one example after the other, then one step."""
         counts, sums, gaps = Counter(), Counter(), []
         for y in examples:  # one denominator per loss term: all its tokens of the step [us]
-            counts[y.target is None] += len(y.tokens) - y.start
+            counts[y.target is None] += len(y.tokens)
         for y in tqdm(examples, "student", leave=False, disable=None):
             weight = y.weight / counts[y.target is None]
             hidden = student_hidden(self.model, y)  # (T, d)
-            tokens = torch.tensor(y.tokens[y.start :], device=hidden.device)  # (T,)
+            tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
             loss, kl, logp = distill_backward(hidden, y.target, tokens, weight, self.head, self.cfg)
             sums["loss"] += weight * loss.sum().item()
             if y.target is not None:
                 sums["kl"] += weight * kl.sum().item()
                 sums["clipped"] += weight * (loss != kl).sum().item()
-            gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs[y.start :])]
+            gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs)]
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
         finite = math.isfinite(sums["loss"] + norm)
         if finite:
@@ -889,13 +857,12 @@ class Trainer:
             for text in {*alarms(self.logs["metrics"])} - told:
                 told.add(text)
                 tqdm.write(f"warning: {text}")
-            firsts = {y.correct: (g, y) for g in reversed(groups) for y in reversed(g.rollouts)}
-            for g, y in firsts.values():  # the first right rollout and the first wrong one
+            for g, y in {y.correct: (g, y) for g in groups for y in g.rollouts}.values():
                 sample = {"step": step, "correct": y.correct, "finished": y.finished,
-                          "prompt": self.tokenizer.decode(y.prompt), "answer": g.problem.answer,
-                          "response": y.text}
+                          "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
+                          "answer": g.problem.answer}
                 self.logs["samples"].append(sample)
-                if step % cfg.show_every == 0:
+                if step % cfg.save_every <= 1:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
             for name, lines in self.logs.items():
                 text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -996,22 +963,19 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
 def memory_estimate(cfg: Config, model: nn.Module) -> str:
-    """Upper bound of the training side in GB, by part; README derives it."""
-    c, size = model.config, model.dtype.itemsize
+    """Upper bound of the training side; README derives it."""
+    c, size, free = model.config, model.dtype.itemsize, "unknown"
     layer, longest = 8 * c.intermediate_size, cfg.max_prompt_tokens + cfg.max_new_tokens
-    parts = {"weights, AdamW": sum(p.nbytes * (1 + 3 * p.requires_grad)
-                                   for p in model.parameters()),
-             "float32 head": 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk),
-             "teacher": size * cfg.micro_tokens * (c.hidden_size + layer),
-             "student": size * longest * (c.hidden_size * c.num_hidden_layers + layer),
-             "targets": 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size}
-    text = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts.items())
-    free = "" if not torch.cuda.is_available() else (
-        f"; beside weights and vLLM {torch.cuda.mem_get_info()[0] / 1e9:.1f} are free")
-    return f"memory: about {sum(parts.values()) / 1e9:.1f} GB ({text}){free}"
+    total = (sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
+             + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # float32 head
+             + size * cfg.micro_tokens * (c.hidden_size + layer)  # teacher
+             + size * longest * (c.hidden_size * c.num_hidden_layers + layer)  # student
+             + 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size)  # targets
+    if torch.cuda.is_available():
+        free = f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB"
+    return f"memory: about {total / 1e9:.1f} GB; free beside weights and vLLM: {free}"
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
-
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
 # 0.05 it stops all learning from a teacher this sure of itself.
 TOY = dict(questions=16, max_new_tokens=40, dtype="float32", lr=3e-4, clip=0.0, steps=20)
@@ -1086,12 +1050,8 @@ def score(run: Trainer, adapter: Path | None) -> float:
     return round(100 * fmean(y.correct for g in groups for y in g.rollouts), 1)
 
 # ==== Main ========================================================================================
-
 def main(argv: list[str] | None = None) -> int:
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     began = time.perf_counter()
@@ -1101,18 +1061,17 @@ def main(argv: list[str] | None = None) -> int:
         run = Trainer(make_toy(cfg) if cfg.toy else cfg)
         run.train()
         if cfg.toy:
-            newest = run.out / f"step_{run.step:06d}"
-            summary = {"before": score(run, None), "after": score(run, newest),
+            summary = {"before": score(run, None), "after": score(run, run.out / "last"),
                        "steps": run.step, "seconds": round(time.perf_counter() - began)}
             write_text(run.out / "summary.json", json.dumps(summary))
             print(f"held-out mean@{cfg.rollouts} in percent:", summary)
         return 0
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
-        return 128 + stopped.args[0]
+        return 130
     except torch.OutOfMemoryError:
-        print("error: GPU memory is full; lower --micro-tokens, --max-new-tokens or --vllm-memory, "
-              "or add --sleep", file=sys.stderr)
+        print("error: GPU memory is full; lower --max-new-tokens, --micro-tokens or --vllm-memory",
+              file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2

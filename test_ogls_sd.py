@@ -166,7 +166,6 @@ def test_pools_and_the_reasons_to_skip(trainer):
     assert why(TEXTS[:2], (False, False)) is None  # s is the only positive guide
     assert why(TEXTS[:2], (False, False), solution=False) == "positive"
     assert why(TEXTS[:2], (True, False), exclude_self=True) == "negative"  # y_j is the only one
-    assert why(("", TEXTS[0]), (False, True)) == "negative"  # nothing to show
     assert why(TEXTS[:2], (True, True), method="opsd") is None
     assert why(TEXTS[:2], (True, True), method="pos-only") == "wrong"
     assert why(TEXTS[:2], (True, True), method="grpo") == "wrong"
@@ -273,10 +272,11 @@ def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(tra
     examples, _ = tail.examples(group, 1.0)
     (end,) = [e for e in examples if e.target is None]
     tokens = group.rollouts[1].tokens
-    assert (end.tokens, len(tokens) - end.start, end.weight) == (tokens, 3, 0.1)
-    logp = naive_logits(tail.model, end.prompt, tokens).log_softmax(-1)[range(len(tokens)), tokens]
+    assert end.prompt + end.tokens == group.rollouts[1].prompt + tokens
+    assert (end.tokens, end.weight) == (tokens[-3:], 0.1)
+    logits = naive_logits(tail.model, end.prompt, end.tokens)
     both = tail.update(examples)
-    alone = -0.1 * logp[-3:].mean().item()
+    alone = -0.1 * logits.log_softmax(-1)[range(3), end.tokens].mean().item()
     assert both["loss"] - both["kl"] == pytest.approx(alone, rel=1e-3, abs=1e-6)
 
 # ---- Prompts and data ----------------------------------------------------------------------------
@@ -667,7 +667,7 @@ def test_signals(number, file, tiny, unbroken, tmp_path):
     wait_for((tmp_path / file).exists, process := start(tiny, tmp_path))
     process.send_signal(number)
     assert process.communicate()[1].endswith("goes on from the last checkpoint, if any\n")
-    assert process.returncode == 128 + number
+    assert process.returncode == 130
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # its group is empty: no process is left
     assert call(tiny, tmp_path, "--resume") == 0
@@ -700,7 +700,7 @@ def test_terminal_control_codes(tiny, tmp_path, monkeypatch, capfd):
     evil = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202eback\u2028\x00\x7f\t {x} \\boxed{1}"
     monkeypatch.setattr(ogls_sd, "make_rollout", lambda *args, make=ogls_sd.make_rollout:
                         ogls_sd.replace(make(*args), text=evil))
-    assert call(tiny, tmp_path, "--steps", "2", "--show-every", "1") == 0
+    assert call(tiny, tmp_path, "--steps", "2", "--save-every", "1") == 0
     out = capfd.readouterr().out.replace("\n", " ")
     assert "title" in out and out.isprintable()
     assert [sample["response"] for sample in logged(tmp_path, "samples.jsonl")] == [evil] * 2
@@ -934,8 +934,7 @@ def bench_naive(model, anchor, positive, negative, responses, batched):
     return targets
 
 def bench_ours(model, anchor, positive, negative, responses):
-    ones = lambda pool: torch.ones(len(pool), len(responses), device=model.device)
-    return ogls_sd.steer(*[ogls_sd.pool_mean(model, pool, responses, ones(pool), 40960)
+    return ogls_sd.steer(*[ogls_sd.pool_mean(model, pool, responses, 40960)
                            for pool in ([anchor], positive, negative)], 3.0)
 
 def measure(title, ways, repeats, device):
