@@ -1,32 +1,24 @@
 """OGLS-SD in one file: on-policy self-distillation with outcome-guided logit steering.
 
 To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers: v1), to run on
-one GPU, to fork.  Problems with answers in, LoRA checkpoints out.  Algorithm 1, for each question x:
+one GPU, to fork.  Problems with answers in, LoRA checkpoints out.
+  python ogls_sd.py --model Qwen/Qwen3-1.7B        # one GPU; --resume goes on
+  python ogls_sd.py --toy --output-dir runs/toy    # any machine; --help lists all settings
+Algorithm 1, for each question x
   1. sample G rollouts y_1..y_G from the student and grade them, r_j = 0 or 1           eqs. (4)-(5)
-  2. pools: P+ = correct rollouts and the reference solution s, P- = wrong rollouts     eqs. (6)-(9)
-  3. the teacher reads each wrong y_j under every guide g; Delta = mean over P+ - P-  eqs. (10)-(11)
-  4. target: the teacher's unguided logits z0, steered: zT = z0 + lambda Delta        eqs. (12)-(14)
+  2. pools of guides g: P+ = correct rollouts and the solution s, P- = wrong rollouts   eqs. (6)-(9)
+  3. the teacher, shown each g, reads each wrong y_j: Delta = mean over P+ - over P-  eqs. (10)-(11)
+  4. target: the anchor z0 (teacher without guide), steered: zT = z0 + lambda Delta   eqs. (12)-(14)
   5. pull the student toward softmax(zT) at the tokens of the wrong rollouts          eqs. (15)-(16)
-Glossary
-  x question   s reference solution   y rollout, as token ids   r outcome, 1 = correct
-  g guide: a solution or rollout that the teacher is shown in its prompt   P+ P- pools of guides
-  z0 anchor   Delta direction   lambda strength   zT steered target
-  theta student: base weights and LoRA adapter   theta' teacher: the same base, adapter off
-  Axes: B sequences of a batch, R responses to a question, L sequence length, P prompt, T response
-  tokens, d hidden width, V vocabulary, r LoRA rank
+  theta student: base weights and LoRA adapter, theta' teacher: the base alone, lambda strength
+  Axes: B batch, R responses, L sequence, P prompt, T response tokens, d width, V vocabulary, r rank
 Departures from the paper, marked again where they happen (README has the source of every value)
-  Hidden states are averaged and steered in place of logits: the same mathematics, see `steer`.
-  Forward KL, from readers' notes on v2 [v2]; `--kl reverse` is eq. (15) as printed in v1.
-  32 questions an update [OPSD], one in Algorithm 1; lambda ramps up linearly [us].
-  A rollout that is cut off or has no box counts as wrong, and so is a negative guide [us].
-Commands
-  python ogls_sd.py --model Qwen/Qwen3-1.7B                                  # one GPU
-  python ogls_sd.py --toy --output-dir runs/toy                              # any machine
-  python ogls_sd.py --model Qwen/Qwen3-1.7B --output-dir runs/ogls --resume  # go on
+  Hidden states are steered in place of logits, which is exact: see `steer`.  Forward KL [v2], not
+  eq. (15) as printed (`--kl reverse`).  32 questions an update [OPSD], not one.  lambda ramps up,
+  and a rollout that is cut off or has no box counts as wrong, so is a negative guide [us].
 """
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -100,8 +92,7 @@ class Config:
     distill_tokens: int = setting(1024, "T, tokens distilled from each rollout's start [v1]")
     guide_tokens: int = setting(8192, "longest guide g; of a longer one its last tokens [us]")
     exclude_self: bool = setting(False, "leave y_j out of its own negative pool [us]")
-    kl: Literal["forward", "reverse"] = setting(
-        "forward", "forward: KL(teacher || student) [v2, OPSD]; reverse: eq. (15) [v1]")
+    kl: Literal["forward", "reverse"] = setting("forward", "forward [v2, OPSD] or reverse [v1] KL")
     clip: float = setting(0.05, "clamp of each (position, token) term of the KL [v1]; 0 = off")
     tail_weight: float = setting(0.0, "weight of the tail's cross-entropy [v2]; 0 = off, try 0.1")
     tail_tokens: int = setting(128, "last tokens of short correct rollouts it trains [v2]")
@@ -122,13 +113,12 @@ class Config:
     micro_tokens: int = setting(40960, "padded tokens in a teacher's forward; memory only")
     head_chunk: int = setting(256, "positions whose logits exist at a time; memory only")
 
-def parse_args(argv: list[str] | None = None) -> Config:
+def parse_args(argv: list[str]) -> Config:
     """Flags are Config's fields; with --toy the defaults are TOY's."""
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
-    if "--toy" in (sys.argv if argv is None else argv):
-        parser.set_defaults(**TOY)
+    parser.set_defaults(**TOY if "--toy" in argv else {})
     with explained("{reason}; see --help"):
-        cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        (cfg,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if cfg.sampler == "auto":
         cfg = replace(cfg, sampler="vllm" if torch.cuda.is_available() else "hf")
     can_be_0 = ("top_k", "strength", "ramp_steps", "clip", "tail_weight", "lr", "seed")
@@ -142,16 +132,14 @@ def parse_args(argv: list[str] | None = None) -> Config:
 # ==== 2. Data: problems and the two prompts =======================================================
 REQUEST = "\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 STUDENT_TEMPLATE = "Problem: {problem}" + REQUEST
-# The wording is the same for right and wrong guides and does not tell them apart: what it adds to
-# the logits by itself is in both pools, and cancels in eq. (11).
+# One wording for right and wrong guides: what it adds by itself is in both pools and cancels, (11).
 TEACHER_TEMPLATE = (
-    "Problem: {problem}\n\nHere is a reference solution to this problem:\n"
-    "=== Reference Solution Begin ===\n{guide}\n=== Reference Solution End ===\n\n\n"
-    "After reading the reference solution above, make sure you truly understand the reasoning "
-    "behind each step—do not copy or paraphrase it. Now, using your own words and independent "
-    "reasoning, derive the same final answer to the problem above. Think step by step, explore "
-    "different approaches, and do not be afraid to backtrack or reconsider if something does not "
-    "work out:" + REQUEST)
+    "Problem: {problem}\n\nHere is a reference solution to this problem:\n=== Reference Solution "
+    "Begin ===\n{guide}\n=== Reference Solution End ===\n\n\nAfter reading the reference solution "
+    "above, make sure you truly understand the reasoning behind each step—do not copy or "
+    "paraphrase it. Now, using your own words and independent reasoning, derive the same final "
+    "answer to the problem above. Think step by step, explore different approaches, and do not be "
+    "afraid to backtrack or reconsider if something does not work out:" + REQUEST)
 
 class Problem(NamedTuple):
     problem: str  # x
@@ -165,13 +153,11 @@ def load_problems(source: str) -> tuple[list[Problem], int]:
     with explained(f"cannot load --data {source}: {{reason}}; give a file, or a set you can reach"):
         splits = datasets.load_dataset(kind or source, data_files=source if kind else None)
         rows = splits.get("train", next(iter(splits.values()))).to_list()
-    problems = []
-    for row in rows:
-        text = {name.lower(): str(value) for name, value in row.items() if value is not None}
-        problem, solution = text.get("problem") or text.get("question"), text.get("solution", "")
-        answer = text.get("answer") or extract_boxed(solution)
-        if problem and answer:
-            problems.append(Problem(problem, answer, solution))
+    texts = [{k.lower(): str(v) for k, v in row.items() if v is not None} for row in rows]
+    found = [Problem(text.get("problem") or text.get("question"),
+                     text.get("answer") or extract_boxed(text.get("solution", "")),
+                     text.get("solution", "")) for text in texts]
+    problems = [p for p in found if p.problem and p.answer]
     refuse(not problems, f"--data {source} has no usable row: each needs a column problem or "
            f"question, and answer or solution with a \\boxed{{}}; a row is {str(rows[:1])[:99]}")
     return problems, len(rows) - len(problems)
@@ -179,10 +165,8 @@ def load_problems(source: str) -> tuple[list[Problem], int]:
 def plain_text(tokenizer, text: str) -> str:
     """Text that cannot act on the chat template: a guide with <|im_end|> would close the turn."""
     text = text.rpartition("</think>")[2]  # no thinking, nor what is left of a block cut in half
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    for token in (*special, "<think>"):
-        text = text.replace(token, " ")  # by a space, so that no removal can join a new one
-    return text.strip()
+    special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return re.sub("|".join(["<think>", *special]), " ", text).strip()  # a space: nothing joins up
 
 def user_turn(tokenizer, thinking: bool, template: str, **texts: str) -> list[int]:
     """Ids of one user turn and the generation prompt; a response's own ids follow them."""
@@ -415,30 +399,23 @@ def grade(response: str, gold: str) -> bool:
 # ==== 4. LoRA: the student is the base plus an adapter, the teacher the base without it ===========
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-class LoRALinear(nn.Module):
-    """W x + (alpha / r) B A x.  W is the teacher's as well: frozen, and never merged into.
-    A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: int):
-        super().__init__()
-        self.base, self.scale, self.adapter_on = base, alpha / rank, True
-        bound = base.in_features**-0.5
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
-        if not self.adapter_on:
-            return self.base(x)
-        update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
-        return self.base(x) + self.scale * update
-
 def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
-    """Freezes the model and wraps its attention and MLP projections, in place."""
+    """W x + (alpha / r) B A x in attention and MLP.  W is the teacher's too: frozen, never merged.
+    A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6."""
+    def update(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if model.adapter_on:  # else None, which leaves the output W x as it is
+            A, B = layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype)
+            return output + alpha / rank * (inputs[0] @ A.T @ B.T)  # (B, L, out)
+
     model.requires_grad_(False)
+    model.adapter_on = True
     torch.manual_seed(seed)
-    for name, layer in list(model.named_modules()):
+    for name, layer in model.named_modules():
         if name.endswith(LORA_TARGETS):
-            model.set_submodule(name, LoRALinear(layer, rank, alpha))
+            n = layer.in_features
+            layer.lora_A = nn.Parameter(torch.empty(rank, n).uniform_(-(n**-0.5), n**-0.5))
+            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
+            layer.register_forward_hook(update)
 
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """All that is trained, under PEFT's names."""
@@ -446,13 +423,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
             if p.requires_grad}
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
     """Inside, the model is the teacher theta'."""
-    model.apply(lambda layer: setattr(layer, "adapter_on", False))  # LoRALinear reads it
+    model.adapter_on = not off
     try:
         yield
     finally:
-        model.apply(lambda layer: setattr(layer, "adapter_on", True))
+        model.adapter_on = True
 
 def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
     """PEFT's format: PEFT and vLLM load the folder as it is."""
@@ -496,39 +473,35 @@ class VLLMSampler:
         self.tokenizer, self.eos, self.calls, gpu = tokenizer, eos, 0, torch.cuda.is_available()
         with explained("vLLM does not start: {reason}; lower --vllm-memory, or use --sampler hf"):
             import vllm  # only here: all that can be refused is refused before this slow minute
-            self.llm = vllm.LLM(
+            self.engine = vllm.LLM(
                 cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens, enable_lora=True,
                 max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),  # a power of two
                 max_loras=1, tensor_parallel_size=tensor_parallel,
                 # On a CPU a prompt split into chunks and a seed of its own stop the engine.
-                enforce_eager=not gpu, enable_chunked_prefill=gpu)
+                enforce_eager=not gpu, enable_chunked_prefill=gpu).llm_engine
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
         """Yields (i, rollouts of prompt i) as they finish, so that none waits to be saved.
         Seeds must be `cfg.rollouts` apart: vLLM gives sample k of a prompt seed + k."""
-        from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind
-        engine = self.llm.llm_engine
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
         # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
         self.calls += 1
         lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
-        with explained("vLLM has failed: {reason}; go on, in training with --resume"):
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-                params = SamplingParams(
-                    n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                    top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
-                    logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-                engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
-            while engine.has_unfinished_requests():
-                for done in engine.step():
-                    i = int(done.request_id)
-                    yield i, [make_rollout(
-                        self.tokenizer, self.eos, prompts[i], list(out.token_ids),
-                        [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
-                        for out in done.outputs]
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+            params = SamplingParams(
+                n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
+                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+            self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
+        while self.engine.has_unfinished_requests():
+            for done in self.engine.step():
+                i = int(done.request_id)
+                yield i, [make_rollout(self.tokenizer, self.eos, prompts[i], list(out.token_ids),
+                                       [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
+                          for out in done.outputs]
 
 class HFSampler:
     """Transformers' generate on the trainer's own model, where vLLM does not run."""
@@ -536,7 +509,6 @@ class HFSampler:
     def __init__(self, cfg: Config, tokenizer, eos: list[int]):
         self.model, self.tokenizer, self.eos = load_model(cfg), tokenizer, eos
 
-    @torch.no_grad()
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
         """As VLLMSampler.sample, batch by batch; each batch has the seed of its first prompt."""
@@ -547,22 +519,19 @@ class HFSampler:
         for at in range(0, len(prompts), size):
             batch = self.tokenizer.pad({"input_ids": prompts[at : at + size]}, padding_side="left",
                                        return_tensors="pt").to(self.model.device)  # (B, P) each
-            off = contextlib.nullcontext() if adapter else adapter_off(self.model)
-            with torch.random.fork_rng(), off:
-                torch.manual_seed(seeds[at])
+            torch.manual_seed(seeds[at])
+            with adapter_off(self.model, off=not adapter):
                 out = self.model.generate(  # (B n, P + T)
                     **batch, max_new_tokens=cfg.max_new_tokens, num_return_sequences=n,
                     do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
                     eos_token_id=self.eos, pad_token_id=self.eos[0])
-            tokens = out[:, batch["input_ids"].shape[1] :].tolist()
-            for i in range(len(tokens) // n):
-                yield at + i, [make_rollout(self.tokenizer, self.eos, prompts[at + i], y, [])
-                               for y in tokens[i * n : (i + 1) * n]]
+            made = out[:, batch["input_ids"].shape[1] :].unflatten(0, (-1, n))  # (B, n, T)
+            for i, ys in enumerate(made.tolist(), at):
+                yield i, [make_rollout(self.tokenizer, self.eos, prompts[i], y, []) for y in ys]
 
 def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-    if cfg.sampler == "vllm":
-        return VLLMSampler(cfg, tokenizer, eos, tensor_parallel)
-    return HFSampler(cfg, tokenizer, eos)
+    return HFSampler(cfg, tokenizer, eos) if cfg.sampler == "hf" else VLLMSampler(
+        cfg, tokenizer, eos, tensor_parallel)
 
 # ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
 class PrefixCache(transformers.DynamicCache):
@@ -1001,7 +970,7 @@ def toy_problem(rng: random.Random, said: dict[int, int], checks: float = 0.5) -
     return {"problem": "What are the squares of {}, {} and {}?".format(*said),
             "solution": f"{opener}{', '.join(facts)}. \\boxed{{{tuple(said.values())}}}"}
 
-def toy_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
+def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
     """Ids and labels of a warm-up text: half answer alone, half follow a guide."""
     guided, thinking, roots = rng.random() < 0.5, rng.random() < 0.1, rng.sample(ROOTS, 3)
     # A guide's numbers are arbitrary, so that the teacher learns to read and not to recall.
@@ -1012,7 +981,7 @@ def toy_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
     if guided:
         prompt = teacher_prompt(tokenizer, row["problem"], toy_problem(rng, said)["solution"])
     ids = tokenizer.encode(row["solution"] + tokenizer.eos_token)
-    return prompt + ids, [-100] * len(prompt) + ids
+    return torch.tensor([prompt + ids, [-100] * len(prompt) + ids]).T
 
 def make_toy(cfg: Config, steps: int = 250) -> Config:
     """Makes DIR/toy once: a tiny Qwen3 after its warm-up, its tokenizer and problem files."""
@@ -1030,14 +999,13 @@ def make_toy(cfg: Config, steps: int = 250) -> Config:
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in tqdm(range(steps), "warm-up of the toy", disable=None):
         batch = [toy_example(rng, tokenizer) for _ in range(64)]
-        ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
-                       for rows in zip(*batch))  # (B, L) each
+        ids, labels = nn.utils.rnn.pad_sequence(batch, True, -100).unbind(2)  # (B, L) each
         model(input_ids=ids.clamp(min=0), labels=labels).loss.backward()  # right padding: no mask
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    triples = rng.sample(list(itertools.combinations(ROOTS, 3)), 1140)
+    triples = rng.sample(torch.combinations(torch.tensor(ROOTS), 3).tolist(), 1140)
     rows = [json.dumps(toy_problem(rng, {n: n * n for n in roots})) + "\n" for roots in triples]
     write_text(folder / "train.jsonl", "".join(rows[:1000]))
     write_text(folder / "heldout.jsonl", "".join(rows[1000:]))  # last: all of the toy is there
@@ -1050,7 +1018,7 @@ def score(run: Trainer, adapter: Path | None) -> float:
     return round(100 * fmean(y.correct for g in groups for y in g.rollouts), 1)
 
 # ==== Main ========================================================================================
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -1070,11 +1038,11 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
-        print("error: GPU memory is full; lower --max-new-tokens, --micro-tokens or --vllm-memory",
-              file=sys.stderr)
+        told = "GPU memory is full; lower --max-new-tokens, --micro-tokens or --vllm-memory"
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error)
+    print(f"error: {told}", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
