@@ -496,12 +496,14 @@ class VLLMSampler:
                 top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
                 logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
             self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
-        while self.engine.has_unfinished_requests():
-            for done in self.engine.step():
-                i = int(done.request_id)
-                yield i, [make_rollout(self.tokenizer, self.eos, prompts[i], list(out.token_ids),
-                                       [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
-                          for out in done.outputs]
+        with explained("vLLM has failed: {reason}; go on, in training with --resume"):
+            while self.engine.has_unfinished_requests():
+                for done in self.engine.step():
+                    i = int(done.request_id)
+                    yield i, [make_rollout(
+                        self.tokenizer, self.eos, prompts[i], list(out.token_ids),
+                        [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
+                        for out in done.outputs]
 
 class HFSampler:
     """Transformers' generate on the trainer's own model, where vLLM does not run."""
