@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import Literal, NamedTuple
 
 for package in ("torchvision", "torchaudio", "torchcodec"):  # only text is used, and one that was
@@ -649,23 +649,24 @@ def student_hidden(model: nn.Module, y: Rollout) -> Tensor:  # (T, d)
     ids = torch.tensor([y.prompt + y.tokens[:-1]], device=model.device)  # (1, L)
     return model.base_model(ids, use_cache=False).last_hidden_state[0, -len(y.tokens) :]
 
-def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weight: float,
-                     head: tuple[Tensor, Tensor | None], cfg: Config) -> Tensor:  # (3, T)
+def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tensor],
+                     cfg: Config) -> Tensor:  # (3, T)
     """Eqs. (15)-(16): weight times the sum of a loss per position, and its backward.
-    hidden (T, d) are the student's, with their graph; target (T, d) steered states, or None: the
-    loss is -log p(token); tokens (T,) what each position predicts; head (V, d) and (V,) in float32,
-    since lambda multiplies rounding.  Returns the loss before its weight, its unclipped value,
-    log p(token).  No (T, V) logits exist: `head_chunk` positions at a time go down to `hidden`."""
+    hidden (T, d) are the student's, with their graph; y.target (T, d) steered states, or None: the
+    loss is -log p(token); head (V, d) and a bias, if any, in float32, since lambda multiplies
+    rounding.  Returns the loss before its weight, its unclipped value, log p(token).  No (T, V)
+    logits exist: `head_chunk` positions at a time go down to `hidden`."""
+    tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
     grad, out = torch.zeros_like(hidden).float(), hidden.new_zeros(3, len(tokens)).float()
     for at in range(0, len(tokens), cfg.head_chunk):
         part = slice(at, at + cfg.head_chunk)
         h = hidden[part].detach().float().requires_grad_()
         logits = nn.functional.linear(h, *head)  # (chunk, V)
-        if target is None:
+        if y.target is None:
             heat = cfg.temperature if cfg.method == "grpo" else 1.0
             loss = exact = nn.functional.cross_entropy(logits / heat, tokens[part], reduction="none")
         else:
-            steered = nn.functional.linear(target[part], *head)  # (chunk, V)
+            steered = nn.functional.linear(y.target[part], *head)  # (chunk, V)
             loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
         grad[part] = torch.autograd.grad(weight * loss.sum(), h)[0]
@@ -691,8 +692,7 @@ class Trainer:
         self.problems, record = open_run(cfg, self.tokenizer)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
         self.model = getattr(self.sampler, "model", None) or load_model(cfg)
-        head = self.model.get_output_embeddings()  # frozen
-        self.head = head.weight.float(), None if head.bias is None else head.bias.float()
+        self.head = [p.float() for p in self.model.get_output_embeddings().parameters()]  # frozen
         self.trained = list(adapter_tensors(self.model).values())
         self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.lr, weight_decay=0.0)
         self.restore() if cfg.resume else self.save()
@@ -724,7 +724,7 @@ class Trainer:
         trained, guides, _ = METHODS[self.cfg.method]
         own = {"negative": self.cfg.exclude_self}  # y_j itself is one of them
         missing = [name for name in (*guides, trained) if len(pools[name]) <= own.get(name, 0)]
-        return pools, missing[0] if missing else None
+        return pools, next(iter(missing), None)
 
     def guide_prompt(self, problem: str, guide: Rollout) -> list[int]:
         """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
@@ -739,26 +739,25 @@ class Trainer:
         pools, missing = self.pools(group)
         if missing:
             return [], missing
-        rows = pools[trained]
-        if cfg.method == "sft":
-            return [replace(y, tokens=y.tokens[: cfg.max_new_tokens]) for y in rows], None
+        limit = cfg.distill_tokens if target else cfg.max_new_tokens  # a solution may be longer
+        taught = [replace(y, tokens=y.tokens[:limit]) for y in pools[trained]]
+        if target:
+            means = []
+            for name in guides:
+                prompts = [self.guide_prompt(group.problem.problem, g) for g in pools[name]]
+                means.append(pool_mean(self.model, prompts, [y.tokens for y in taught],
+                                       cfg.micro_tokens, cfg.exclude_self and name == "negative"))
+            for y, states in zip(taught, target(*means, strength)):  # (R, T, d)
+                y.target = states[: len(y.tokens)]
         if cfg.method == "grpo":  # on-policy: no ratio, no clip; top-p and top-k are ignored
-            mean = fmean(y.correct for y in rows)
-            std = math.sqrt(mean * (1 - mean))  # of zeros and ones
-            return [replace(y, weight=(y.correct - mean) / std) for y in rows], None
-        responses, means = [y.tokens[: cfg.distill_tokens] for y in rows], []
-        for name in guides:
-            prompts = [self.guide_prompt(group.problem.problem, g) for g in pools[name]]
-            means.append(pool_mean(self.model, prompts, responses, cfg.micro_tokens,
-                                   cfg.exclude_self and name == "negative"))
-        targets = target(*means, strength)  # (R, T, d)
-        taught = [replace(y, tokens=tokens, target=states[: len(tokens)])
-                  for y, tokens, states in zip(rows, responses, targets)]
+            rewards = [y.correct for y in taught]
+            for y in taught:
+                y.weight = (y.correct - fmean(rewards)) / pstdev(rewards)
         if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
-            short = median(len(y.tokens) for y in group.rollouts)  # what is short: [us]
-            ends, n = [y for y in pools["right"] if len(y.tokens) <= short], cfg.tail_tokens
+            n, short = cfg.tail_tokens, median(len(y.tokens) for y in group.rollouts)  # short: [us]
             taught += [Rollout(y.prompt + y.tokens[:-n], y.tokens[-n:], y.logprobs[-n:],
-                               weight=cfg.tail_weight) for y in ends]
+                               weight=cfg.tail_weight)
+                       for y in pools["right"] if len(y.tokens) <= short]
         return taught, None
 
     def update(self, examples: list[Rollout]) -> dict:
@@ -769,12 +768,11 @@ class Trainer:
         for y in tqdm(examples, "student", leave=False, disable=None):
             weight = y.weight / counts[y.target is None]
             hidden = student_hidden(self.model, y)  # (T, d)
-            tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
-            loss, kl, logp = distill_backward(hidden, y.target, tokens, weight, self.head, self.cfg)
-            sums["loss"] += weight * loss.sum().item()
+            loss, kl, logp = distill_backward(hidden, y, weight, self.head, self.cfg)
+            sums.update(loss=weight * loss.sum().item())
             if y.target is not None:
-                sums["kl"] += weight * kl.sum().item()
-                sums["clipped"] += weight * (loss != kl).sum().item()
+                cut = (loss != kl).sum()
+                sums.update(kl=weight * kl.sum().item(), clipped=weight * cut.item())
             gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs)]
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
         finite = math.isfinite(sums["loss"] + norm)
@@ -808,20 +806,19 @@ class Trainer:
         for folder in sorted(self.out.glob("step_??????"), reverse=True):
             manifest = folder / "manifest.json"
             if manifest.exists() and manifest.read_bytes() == checksums(folder):
-                break
+                load_adapter(self.model, folder)
+                state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.logs, self.step = state["logs"], len(state["logs"]["metrics"])
+                return
             print(f"{folder} is damaged; trying the checkpoint before it")
-        else:
-            raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
-        load_adapter(self.model, folder)
-        state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.logs, self.step = state["logs"], len(state["logs"]["metrics"])
+        raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
 
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
-        cfg, first, began, told = self.cfg, self.step, time.perf_counter(), set()
-        print(memory_estimate(cfg, self.model))
-        for step in tqdm(range(first + 1, cfg.steps + 1), "steps", disable=None):
+        cfg, told = self.cfg, set()
+        print(f"memory: about {memory_estimate(cfg, self.model):.1f} GB beside vLLM")
+        for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
             places = range((step - 1) * cfg.questions, step * cfg.questions)
@@ -832,24 +829,22 @@ class Trainer:
             # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
             # adapter must not be switched between a forward and its backward ----
             strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
-            examples, skipped = [], Counter()
-            for group in tqdm(groups, "teacher", leave=False, disable=None):
-                taught, missing = self.examples(group, strength)
-                examples += taught
-                skipped.update([missing] if missing else [])
+            bar = tqdm(groups, "teacher", leave=False, disable=None)
+            taught, missing = zip(*(self.examples(group, strength) for group in bar))
+            skipped = Counter(filter(None, missing))
             clock.append(time.perf_counter())
 
             # ---- Student, eqs. (15)-(16) ----
-            learned = self.update(examples)
+            learned = self.update(sum(taught, []))
             clock.append(time.perf_counter())
 
             # ---- Log, then save: both files are written anew from what the checkpoint holds ----
-            sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
+            sample_s, teacher_s, student_s = (b - a for a, b in itertools.pairwise(clock))
             metrics = {
                 "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
                 "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
                 "sample_s": sample_s, "teacher_s": teacher_s, "student_s": student_s,
-                "eta_s": (clock[-1] - began) / (step - first) * (cfg.steps - step),
+                "eta_s": (clock[-1] - clock[0]) * (cfg.steps - step),
                 "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
             self.logs["metrics"].append(metrics)
             tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float)
@@ -859,7 +854,7 @@ class Trainer:
                 tqdm.write(f"warning: {text}")
             for g, y in {y.correct: (g, y) for g in groups for y in g.rollouts}.values():
                 sample = {"step": step, "correct": y.correct, "finished": y.finished,
-                          "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
+                          "problem": g.problem.problem, "response": y.text,
                           "answer": g.problem.answer}
                 self.logs["samples"].append(sample)
                 if step % cfg.save_every <= 1:
@@ -885,17 +880,13 @@ def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
             "guides_cut": sum(len(y.tokens) > cfg.guide_tokens for y in rollouts),
             "sampled_tokens_per_s": tokens / seconds}
 
-def alarms(history: list[dict]) -> Iterator[str]:
-    """What the last step warns of."""
-    now, first = history[-1], history[:10]
-    if (now["engine_gap"] or 0) > 0.1:
-        yield "engine_gap above 0.1: sampler and trainer disagree"
-    if now["truncated"] > 0.5:
-        yield "most rollouts are cut off; raise --max-new-tokens"
-    for name in ("length", "kl"):
-        before = [m[name] for m in first if m[name]] or [math.inf]
-        if len(history) > 10 and (now[name] or 0) > 3 * fmean(before):
-            yield f"{name} is three times its first steps': lambda's ramp, or a collapse?"
+def alarms(history: list[dict]) -> list[str]:
+    """What the last step warns of: figures over their limits."""
+    limits = {"engine_gap": 0.1, "truncated": 0.5}
+    if len(history) > 10:  # three times the mean of the first ten steps
+        limits |= {name: 0.3 * sum(m[name] or 0 for m in history[:10]) for name in ("length", "kl")}
+    return [f"{name} is over {limit:.3g}, see README" for name, limit in limits.items()
+            if (history[-1][name] or 0) > limit]
 
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
@@ -962,18 +953,16 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
-def memory_estimate(cfg: Config, model: nn.Module) -> str:
-    """Upper bound of the training side; README derives it."""
-    c, size, free = model.config, model.dtype.itemsize, "unknown"
-    layer, longest = 8 * c.intermediate_size, cfg.max_prompt_tokens + cfg.max_new_tokens
-    total = (sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
-             + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # float32 head
-             + size * cfg.micro_tokens * (c.hidden_size + layer)  # teacher
-             + size * longest * (c.hidden_size * c.num_hidden_layers + layer)  # student
-             + 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size)  # targets
-    if torch.cuda.is_available():
-        free = f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB"
-    return f"memory: about {total / 1e9:.1f} GB; free beside weights and vLLM: {free}"
+def memory_estimate(cfg: Config, model: nn.Module) -> float:
+    """Upper bound of the training side, in GB; README derives it."""
+    c, size, layer = model.config, model.dtype.itemsize, 8 * model.config.intermediate_size
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    return 1e-9 * (
+        sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
+        + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # float32 head
+        + size * cfg.micro_tokens * (c.hidden_size + layer)  # teacher
+        + size * longest * (c.hidden_size * c.num_hidden_layers + layer)  # student
+        + 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size)  # targets
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at

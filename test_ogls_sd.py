@@ -986,11 +986,11 @@ def bench():
         naive = W * (64 + T) + (G + 1) * W * (P + T)
         measure(f"targets, G {G}, W {W}, T {T}, prompts of {P}: {least:,} tokens at least, naive "
                 f"reads {naive:,}", ways, args.repeats, args.device)
-    head, N = (model.get_output_embeddings().weight.float(), None), W * T
+    head, N = [model.get_output_embeddings().weight.float()], W * T
     hidden, target = torch.randn(2, N, model.config.hidden_size, device=args.device)
-    tokens = torch.zeros(N, dtype=torch.long, device=args.device)
+    y = Rollout([], [0] * N, [], target=target)
     loss = lambda chunk: ogls_sd.distill_backward(
-        hidden.clone().requires_grad_() * 1, target, tokens, 1.0, head, Config(head_chunk=chunk))
+        hidden.clone().requires_grad_() * 1, y, 1.0, head, Config(head_chunk=chunk))
     measure(f"loss and its gradient, {N} positions, vocabulary {model.config.vocab_size:,}",
             {"unchunked": lambda: loss(N), "ours, 32 positions": lambda: loss(32)}, args.repeats,
             args.device)
