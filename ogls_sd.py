@@ -477,6 +477,7 @@ class Rollout:
     finished: bool = True  # False: cut at the token limit
     text: str = ""  # without special tokens
     correct: bool = False  # r, eq. (5)
+    problem: Problem | None = None  # what x asks
     target: Tensor | None = None  # (T, d) steered states to distil; None: imitate the tokens
     weight: float = 1.0  # in the loss: GRPO's advantage, the tail's weight
 
@@ -657,30 +658,25 @@ def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tenso
     rounding.  Returns the loss before its weight, its unclipped value, log p(token).  No (T, V)
     logits exist: `head_chunk` positions at a time go down to `hidden`."""
     tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
-    grad, out = torch.zeros_like(hidden).float(), hidden.new_zeros(3, len(tokens)).float()
-    for at in range(0, len(tokens), cfg.head_chunk):
-        part = slice(at, at + cfg.head_chunk)
-        h = hidden[part].detach().float().requires_grad_()
-        logits = nn.functional.linear(h, *head)  # (chunk, V)
+    h, out = hidden.detach().float().requires_grad_(), []  # (T, d)
+    for at in torch.arange(len(tokens)).split(cfg.head_chunk):  # (chunk,)
+        logits = nn.functional.linear(h[at], *head)  # (chunk, V)
         if y.target is None:
             heat = cfg.temperature if cfg.method == "grpo" else 1.0
-            loss = exact = nn.functional.cross_entropy(logits / heat, tokens[part], reduction="none")
+            loss = exact = nn.functional.cross_entropy(logits / heat, tokens[at], reduction="none")
         else:
-            steered = nn.functional.linear(y.target[part], *head)  # (chunk, V)
+            steered = nn.functional.linear(y.target[at], *head)  # (chunk, V)
             loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
-        grad[part] = torch.autograd.grad(weight * loss.sum(), h)[0]
-        logp = -nn.functional.cross_entropy(logits.detach(), tokens[part], reduction="none")
-        out[:, part] = torch.stack([loss.detach(), exact.detach(), logp])
-    hidden.backward(grad.to(hidden.dtype))
-    return out
+        (weight * loss.sum()).backward()  # frees the chunk's logits
+        logp = -nn.functional.cross_entropy(logits.detach(), tokens[at], reduction="none")
+        out.append(torch.stack([loss, exact, logp]).detach())
+    hidden.backward(h.grad.to(hidden.dtype))
+    return torch.cat(out, dim=1)
 
 # ==== 7. Training: Algorithm 1 over the data, and checkpoints that survive a kill =================
 MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsider|check))\b", re.I)
-
-class Group(NamedTuple):
-    problem: Problem
-    rollouts: list[Rollout]
+Group = list[Rollout]  # y_1..y_G of one question
 
 class Trainer:
     """One run.  What can be refused is refused before vLLM starts, and vLLM before the model."""
@@ -701,36 +697,36 @@ class Trainer:
     def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
         """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
         Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
-        cfg, groups = self.cfg, [Group(problem, []) for problem in problems]
+        cfg, groups = self.cfg, [[] for _ in problems]
         prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
         seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
         seeds = [seed + i * cfg.rollouts for i in range(len(problems))]
         sampled = self.sampler.sample(prompts, seeds, adapter, cfg)
         for i, rollouts in tqdm(sampled, "sampling", len(problems), leave=False, disable=None):
-            groups[i].rollouts.extend(rollouts)
+            groups[i] = rollouts
             for y in rollouts:
-                y.correct = y.finished and grade(y.text, problems[i].answer)
+                y.problem, y.correct = problems[i], y.finished and grade(y.text, problems[i].answer)
         return groups
 
     def pools(self, group: Group) -> tuple[dict[str, list[Rollout]], str | None]:
         """Eqs. (6)-(9), and which pool is too small for the method, if any."""
-        x, text = group.rollouts[0].prompt, plain_text(self.tokenizer, group.problem.solution)
+        text = plain_text(self.tokenizer, group[0].problem.solution)
         s = self.tokenizer.encode(text, add_special_tokens=False) + self.eos[:1]
-        reference = [Rollout(x, s, [], text=text)] if text else []  # a guide as rollouts are
-        right, wrong = ([y for y in group.rollouts if y.correct == r] for r in (True, False))
-        pools = {"all": group.rollouts, "right": right, "wrong": wrong, "reference": reference,
+        reference = [replace(group[0], tokens=s, logprobs=[], text=text)] if text else []
+        right, wrong = ([y for y in group if y.correct == r] for r in (True, False))
+        pools = {"all": group, "right": right, "wrong": wrong, "reference": reference,
                  "positive": right + reference, "negative": wrong,
-                 "anchor": [Rollout(x, [], [])]}  # without a guide, eq. (12)
+                 "anchor": [replace(group[0], tokens=[])]}  # no guide, eq. (12)
         trained, guides, _ = METHODS[self.cfg.method]
         own = {"negative": self.cfg.exclude_self}  # y_j itself is one of them
         missing = [name for name in (*guides, trained) if len(pools[name]) <= own.get(name, 0)]
         return pools, next(iter(missing), None)
 
-    def guide_prompt(self, problem: str, guide: Rollout) -> list[int]:
+    def guide_prompt(self, guide: Rollout) -> list[int]:
         """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
         end = guide.tokens[-self.cfg.guide_tokens :]
         text = self.tokenizer.decode(end, skip_special_tokens=True)
-        prompt = teacher_prompt(self.tokenizer, problem, text, self.cfg.thinking)
+        prompt = teacher_prompt(self.tokenizer, guide.problem.problem, text, self.cfg.thinking)
         return prompt if end else guide.prompt  # the anchor's
 
     def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
@@ -742,11 +738,9 @@ class Trainer:
         limit = cfg.distill_tokens if target else cfg.max_new_tokens  # a solution may be longer
         taught = [replace(y, tokens=y.tokens[:limit]) for y in pools[trained]]
         if target:
-            means = []
-            for name in guides:
-                prompts = [self.guide_prompt(group.problem.problem, g) for g in pools[name]]
-                means.append(pool_mean(self.model, prompts, [y.tokens for y in taught],
-                                       cfg.micro_tokens, cfg.exclude_self and name == "negative"))
+            means = [pool_mean(self.model, [self.guide_prompt(g) for g in pools[name]],
+                               [y.tokens for y in taught], cfg.micro_tokens,
+                               cfg.exclude_self and name == "negative") for name in guides]
             for y, states in zip(taught, target(*means, strength)):  # (R, T, d)
                 y.target = states[: len(y.tokens)]
         if cfg.method == "grpo":  # on-policy: no ratio, no clip; top-p and top-k are ignored
@@ -754,7 +748,7 @@ class Trainer:
             for y in taught:
                 y.weight = (y.correct - fmean(rewards)) / pstdev(rewards)
         if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
-            n, short = cfg.tail_tokens, median(len(y.tokens) for y in group.rollouts)  # short: [us]
+            n, short = cfg.tail_tokens, median(len(y.tokens) for y in group)  # what is short: [us]
             taught += [Rollout(y.prompt + y.tokens[:-n], y.tokens[-n:], y.logprobs[-n:],
                                weight=cfg.tail_weight)
                        for y in pools["right"] if len(y.tokens) <= short]
@@ -762,9 +756,10 @@ class Trainer:
 
     def update(self, examples: list[Rollout]) -> dict:
         """Eqs. (15)-(16): loss and gradient, one example after the other, then one step."""
-        counts, sums, gaps = Counter(), Counter(), []
-        for y in examples:  # one denominator per loss term: all its tokens of the step [us]
-            counts[y.target is None] += len(y.tokens)
+        sums, gaps = Counter(), []
+        learned = dict.fromkeys(("loss", "kl", "clipped", "grad_norm", "engine_gap"))
+        # One denominator per loss term: all its tokens of the step [us].
+        counts = Counter(y.target is None for y in examples for _ in y.tokens)
         for y in tqdm(examples, "student", leave=False, disable=None):
             weight = y.weight / counts[y.target is None]
             hidden = student_hidden(self.model, y)  # (T, d)
@@ -775,14 +770,12 @@ class Trainer:
                 sums.update(kl=weight * kl.sum().item(), clipped=weight * cut.item())
             gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs)]
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
-        finite = math.isfinite(sums["loss"] + norm)
-        if finite:
+        if math.isfinite(sums["loss"] + norm):
             self.optimizer.step()  # without examples there is no gradient, and nothing moves
+            learned |= {**sums, "grad_norm": norm, "engine_gap": fmean(gaps) if gaps else None}
         self.optimizer.zero_grad()
         self.model.eval()
-        learned = {name: sums.get(name) for name in ("loss", "kl", "clipped")}
-        learned |= {"grad_norm": norm, "engine_gap": fmean(gaps) if gaps else None}
-        return learned if finite else dict.fromkeys(learned)
+        return learned
 
     def save(self) -> None:
         """Full state as step_NNNNNN, written beside and renamed into place; `last` links to it.
@@ -797,9 +790,8 @@ class Trainer:
         temp.rename(folder)
         (self.out / "last").unlink(missing_ok=True)
         (self.out / "last").symlink_to(folder.name)
-        for old in self.out.glob("step_??????"):
-            if int(old.name[5:]) % self.cfg.save_every and int(old.name[5:]) < self.step - 1:
-                shutil.rmtree(old)
+        if (self.step - 2) % self.cfg.save_every:
+            shutil.rmtree(self.out / f"step_{self.step - 2:06d}", ignore_errors=True)
 
     def restore(self) -> None:
         """Takes the newest undamaged checkpoint."""
@@ -825,19 +817,15 @@ class Trainer:
             problems = [self.problems[i % len(self.problems)] for i in places]
             groups = self.sample(problems, step, self.out / f"step_{step - 1:06d}")
             clock.append(time.perf_counter())
-
-            # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
-            # adapter must not be switched between a forward and its backward ----
+            # ---- Teacher, eqs. (6)-(14), all of it first: the student's backward needs the adapter
             strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
             bar = tqdm(groups, "teacher", leave=False, disable=None)
             taught, missing = zip(*(self.examples(group, strength) for group in bar))
             skipped = Counter(filter(None, missing))
             clock.append(time.perf_counter())
-
             # ---- Student, eqs. (15)-(16) ----
             learned = self.update(sum(taught, []))
             clock.append(time.perf_counter())
-
             # ---- Log, then save: both files are written anew from what the checkpoint holds ----
             sample_s, teacher_s, student_s = (b - a for a, b in itertools.pairwise(clock))
             metrics = {
@@ -852,10 +840,9 @@ class Trainer:
             for text in {*alarms(self.logs["metrics"])} - told:
                 told.add(text)
                 tqdm.write(f"warning: {text}")
-            for g, y in {y.correct: (g, y) for g in groups for y in g.rollouts}.values():
-                sample = {"step": step, "correct": y.correct, "finished": y.finished,
-                          "problem": g.problem.problem, "response": y.text,
-                          "answer": g.problem.answer}
+            for y in {y.correct: y for group in groups for y in group}.values():
+                sample = {"step": step, "problem": y.problem.problem, "response": y.text,
+                          "answer": y.problem.answer, "correct": y.correct, "finished": y.finished}
                 self.logs["samples"].append(sample)
                 if step % cfg.save_every <= 1:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
@@ -868,9 +855,8 @@ class Trainer:
             refuse(norms == [None] * 5, "loss not finite five times in a row; try a lower --lr")
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
-    rollouts = [y for g in groups for y in g.rollouts]
+    rollouts, right = sum(groups, []), [fmean(y.correct for y in group) for group in groups]
     tokens = sum(len(y.tokens) for y in rollouts)
-    right = [fmean(y.correct for y in g.rollouts) for g in groups]
     return {"reward": fmean(right), "groups_right": fmean(r == 1 for r in right),
             "groups_wrong": fmean(r == 0 for r in right),
             "groups_mixed": fmean(0 < r < 1 for r in right),
@@ -945,9 +931,8 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
                   p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     path, fixed = Path(cfg.output_dir) / "config.json", list(record)[: list(record).index("steps")]
-    found, do = ("a", "add") if path.exists() else ("no", "leave out")
-    refuse(path.exists() != cfg.resume,
-           f"{path.parent} holds {found} run; {do} --resume, or take another --output-dir")
+    refuse(path.exists() != cfg.resume, f"{path.parent} holds {['no', 'a'][path.exists()]} run; "
+           "--resume goes on with a run, another --output-dir starts one")
     before = json.loads(path.read_text()) if cfg.resume else record
     changed = [f"{n} (was {before.get(n)})" for n in fixed if before.get(n) != record[n]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
@@ -1036,7 +1021,7 @@ def score(run: Trainer, adapter: Path | None) -> float:
     """mean@G in percent on the toy's held-out problems, of a checkpoint or of the base model."""
     problems, _ = load_problems(f"{run.cfg.model}/heldout.jsonl")
     groups = run.sample(problems, 0, adapter)
-    return round(100 * fmean(y.correct for g in groups for y in g.rollouts), 1)
+    return round(100 * fmean(y.correct for group in groups for y in group), 1)
 
 # ==== Main ========================================================================================
 def main(argv: list[str] | None = None) -> int:
