@@ -846,9 +846,8 @@ class Trainer:
                 self.logs["samples"].append(sample)
                 if step % cfg.save_every <= 1:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
-            for name, lines in self.logs.items():
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                write_text(self.out / f"{name}.jsonl", text)
+            for name, rows in self.logs.items():
+                write_text(self.out / f"{name}.jsonl", "\n".join([*map(json.dumps, rows), ""]))
             self.step = step
             self.save()
             norms = [line["grad_norm"] for line in self.logs["metrics"][-5:]]  # None: not finite
@@ -901,9 +900,8 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
         scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
-    need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
-    refuse(need > config.max_position_embeddings, f"question, guide and response need a context of "
-           f"{need}, more than {cfg.model} has; lower --guide-tokens or --max-new-tokens")
+    refuse(cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided) > config.max_position_embeddings,
+           f"{cfg.model} has too short a context; lower --guide-tokens or --max-new-tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos
 
 def load_model(cfg: Config) -> nn.Module:
