@@ -586,25 +586,20 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
     and all responses on top of it.  States beyond a response's end are padding."""
     model.eval()  # in train mode gradient checkpointing would drop the cache without a word
     full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
-    order = sorted(range(len(responses)), key=lambda i: -len(responses[i]))  # little padding
+    batch = nn.utils.rnn.pad_sequence([*map(torch.tensor, responses)], True).to(model.device)
+    R, T = batch.shape  # causal: no token sees the padding after it
     for prompt in guides:
-        cache = PrefixCache()
+        cache, ids = PrefixCache(), torch.tensor([prompt], device=model.device)  # (1, P)
+        # More keys than queries: aligned to the lower right, where Transformers would build a mask
+        # of (B, T, P + T) and lose the fast kernel.
+        mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
         with torch.no_grad(), adapter_off(model):
-            ids = torch.tensor([prompt], device=model.device)  # (1, P)
             first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
             cache.frozen = True
-            hidden = first.repeat(len(responses), max(map(len, responses)), 1)  # (R, T, d)
-            size = max(1, budget // (len(prompt) + hidden.shape[1]))  # rows read at a time
-            for at in range(0, len(order), size):
-                rows = order[at : at + size]
-                batch = [torch.tensor(responses[i], device=model.device) for i in rows]
-                ids = nn.utils.rnn.pad_sequence(batch, True)  # (B, T); causal: padding is not seen
-                T = ids.shape[1]
-                # More keys than queries: aligned to the lower right, where Transformers would build
-                # a mask of (B, T, P + T) and lose the fast kernel.
-                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
-                out = model.base_model(ids, past_key_values=cache, attention_mask=mask)
-                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
+            hidden = first.repeat(R, T, 1)  # (R, T, d)
+            for rows in torch.arange(R).split(max(1, budget // (len(prompt) + T))):  # (B,)
+                out = model.base_model(batch[rows], past_key_values=cache, attention_mask=mask)
+                hidden[rows, 1:] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
         yield hidden
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
