@@ -567,13 +567,11 @@ def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 
 
 # ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
 class PrefixCache(transformers.DynamicCache):
-    """One prompt's keys and values under any number of responses.  Once frozen, what is read on
-    top of it is attended to but not kept: it never grows, and a batch costs one layer's memory."""
-
-    frozen = False
+    """One prompt's keys and values under any number of responses.  What is read on top of the
+    prompt is attended to but not kept: it never grows, and a batch costs one layer's memory."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
-        if not self.frozen:
+        if not self.get_seq_length(layer_idx):
             return super().update(keys, values, layer_idx, *args, **kwargs)
         past, rows = self.layers[layer_idx], (len(keys), -1, -1, -1)
         return (torch.cat([past.keys.expand(rows), keys], dim=2),
@@ -595,7 +593,6 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
         mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
         with torch.no_grad(), adapter_off(model):
             first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
-            cache.frozen = True
             hidden = first.repeat(R, T, 1)  # (R, T, d)
             for rows in torch.arange(R).split(max(1, budget // (len(prompt) + T))):  # (B,)
                 out = model.base_model(batch[rows], past_key_values=cache, attention_mask=mask)
@@ -750,10 +747,9 @@ class Trainer:
         return taught, None
 
     def update(self, examples: list[Rollout]) -> dict:
-        """Eqs. (15)-(16): loss and gradient, one example after the other, then one step."""
+        """Eqs. (15)-(16), then one step.  A loss term has one denominator: all its tokens [us]."""
         sums, gaps = Counter(), []
         learned = dict.fromkeys(("loss", "kl", "clipped", "grad_norm", "engine_gap"))
-        # One denominator per loss term: all its tokens of the step [us].
         counts = Counter(y.target is None for y in examples for _ in y.tokens)
         for y in tqdm(examples, "student", leave=False, disable=None):
             weight = y.weight / counts[y.target is None]
