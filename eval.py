@@ -371,7 +371,7 @@ def inspect_run(args: argparse.Namespace) -> None:
     ogls.write_text(args.output.with_suffix(".html"), "\n".join(page))
     print(f"\n{len(groups)} question(s): open {args.output.with_suffix('.html')} in a browser")
 
-def show_group(run: ogls.Trainer, group: list[ogls.Rollout]) -> str:
+def show_group(run: ogls.Trainer, group: ogls.Group) -> str:
     """A question, its first wrong and first right rollout, and the guides, as HTML."""
     (pools, _), x = run.pools(group), group[0].problem
     anchors, _ = run.examples(group, 0.0)  # lambda = 0 leaves the anchor, eq. (13)

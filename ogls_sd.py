@@ -707,12 +707,11 @@ class Trainer:
         reference = [replace(group[0], tokens=s, logprobs=[], text=text)] if text else []
         right, wrong = ([y for y in group if y.correct == r] for r in (True, False))
         pools = {"all": group, "right": right, "wrong": wrong, "reference": reference,
-                 "positive": right + reference, "negative": wrong,
+                 "positive": right + reference,  # y_j itself is one of the negative
+                 "negative": wrong if len(wrong) > self.cfg.exclude_self else [],
                  "anchor": [replace(group[0], tokens=[])]}  # no guide, eq. (12)
         trained, guides, _ = METHODS[self.cfg.method]
-        own = {"negative": self.cfg.exclude_self}  # y_j itself is one of them
-        missing = [name for name in (*guides, trained) if len(pools[name]) <= own.get(name, 0)]
-        return pools, next(iter(missing), None)
+        return pools, next((name for name in (*guides, trained) if not pools[name]), None)
 
     def guide_prompt(self, guide: Rollout) -> list[int]:
         """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
@@ -757,8 +756,7 @@ class Trainer:
             loss, kl, logp = distill_backward(hidden, y, weight, self.head, self.cfg)
             sums.update(loss=weight * loss.sum().item())
             if y.target is not None:
-                cut = (loss != kl).sum()
-                sums.update(kl=weight * kl.sum().item(), clipped=weight * cut.item())
+                sums.update(kl=weight * kl.sum().item(), clipped=weight * (loss != kl).sum().item())
             gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs)]
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
         if math.isfinite(sums["loss"] + norm):
