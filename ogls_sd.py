@@ -46,6 +46,7 @@ import datasets
 import safetensors.torch
 import sympy
 import torch
+import torch.nn.functional as F
 import transformers
 from sympy import Add, Expr, Integer, Mul, Pow, Rational, nan, oo
 from torch import Tensor, nn
@@ -555,19 +556,20 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
     and all responses on top of it.  States beyond a response's end are padding."""
     model.eval()  # in train mode gradient checkpointing would drop the cache without a word
     full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
-    batch = nn.utils.rnn.pad_sequence([*map(torch.tensor, responses)], True).to(model.device)
-    R, T = batch.shape  # causal: no token sees the padding after it
+    padded = nn.utils.rnn.pad_sequence([*map(torch.tensor, responses)], True).to(model.device)
+    order = torch.tensor(sorted(range(len(responses)), key=lambda i: -len(responses[i])))  # (R,)
     for prompt in guides:
         cache, ids = PrefixCache(), torch.tensor([prompt], device=model.device)  # (1, P)
-        # More keys than queries: aligned to the lower right, where Transformers would build a mask
-        # of (B, T, P + T) and lose the fast kernel.
-        mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
         with torch.no_grad(), adapter_off(model):
             first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
-            hidden = first.repeat(R, T, 1)  # (R, T, d)
-            for rows in torch.arange(R).split(max(1, budget // (len(prompt) + T))):  # (B,)
-                out = model.base_model(batch[rows], past_key_values=cache, attention_mask=mask)
-                hidden[rows, 1:] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
+            hidden = first.repeat(*padded.shape, 1)  # (R, T, d)
+            for rows in order.split(max(1, budget // (len(prompt) + padded.shape[1]))):  # (B,)
+                T = len(responses[rows[0]])  # the longest; causal: padding after it is not seen
+                # More keys than queries: aligned to the lower right, where Transformers would build
+                # a mask of (B, T, P + T) and lose the fast kernel.
+                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
+                out = model.base_model(padded[rows, :T], past_key_values=cache, attention_mask=mask)
+                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
         yield hidden
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
@@ -623,16 +625,16 @@ def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tenso
     tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
     h, out = hidden.detach().float().requires_grad_(), []  # (T, d)
     for at in torch.arange(len(tokens)).split(cfg.head_chunk):  # (chunk,)
-        logits = nn.functional.linear(h[at], *head)  # (chunk, V)
+        logits = F.linear(h[at], *head)  # (chunk, V)
         if y.target is None:
             heat = cfg.temperature if cfg.method == "grpo" else 1.0
-            loss = exact = nn.functional.cross_entropy(logits / heat, tokens[at], reduction="none")
+            loss = exact = F.cross_entropy(logits / heat, tokens[at], reduction="none")
         else:
-            steered = nn.functional.linear(y.target[at], *head)  # (chunk, V)
+            steered = F.linear(y.target[at], *head)  # (chunk, V)
             loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
         (weight * loss.sum()).backward()  # frees the chunk's logits
-        logp = -nn.functional.cross_entropy(logits.detach(), tokens[at], reduction="none")
+        logp = -F.cross_entropy(logits.detach(), tokens[at], reduction="none")
         out.append(torch.stack([loss, exact, logp]).detach())
     hidden.backward(h.grad.to(hidden.dtype))
     return torch.cat(out, dim=1)
@@ -787,7 +789,7 @@ class Trainer:
             learned = self.update(sum(taught, []))
             clock.append(time.perf_counter())
             # ---- Log, then save: both files are written anew from what the checkpoint holds ----
-            sample_s, teacher_s, student_s = (b - a for a, b in itertools.pairwise(clock))
+            sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
             metrics = {
                 "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
                 "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
@@ -801,8 +803,9 @@ class Trainer:
                 told.add(text)
                 tqdm.write(f"warning: {text}")
             for y in {y.correct: y for group in groups for y in group}.values():
-                sample = {"step": step, "problem": y.problem.problem, "response": y.text,
-                          "answer": y.problem.answer, "correct": y.correct, "finished": y.finished}
+                sample = {"step": step, "correct": y.correct, "finished": y.finished,
+                          "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
+                          "answer": y.problem.answer}
                 self.logs["samples"].append(sample)
                 if step % cfg.save_every <= 1:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
