@@ -574,7 +574,7 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
               budget: int, exclude_self: bool = False) -> Tensor:  # (R, T, d)
-    """Mean over a pool, eq. (10), in float32; `exclude_self`: guide i is left out for response i."""
+    """Mean over a pool, eq. (10), in float32; `exclude_self`: response i without guide i."""
     keep = 1 - torch.eye(len(prompts), len(responses)) * exclude_self  # (guides, R)
     weights = (keep / keep.sum(0)).to(model.device)[..., None, None]  # (guides, R, 1, 1)
     return sum(h.float() * w for h, w in
@@ -591,18 +591,16 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
 # pools' means, all (R, T, d).  Without a target the tokens themselves are imitated.
 METHODS: dict[str, tuple[str, tuple[str, ...], Callable[..., Tensor] | None]] = {
     "ogls": ("wrong", ("anchor", "positive", "negative"), steer),  # eqs. (11) and (13)
-    "opsd": ("all", ("reference",), lambda ref, strength: ref),  # arXiv:2601.18734
-    "pos-mean": ("all", ("positive",), lambda pos, strength: pos),  # eq. (10) alone
-    "pos-only": ("wrong", ("anchor", "positive"),  # z0 for zbar-
-                 lambda z0, pos, strength: steer(z0, pos, z0, strength)),
+    "opsd": ("all", ("reference",), lambda ref, lam: ref),  # arXiv:2601.18734
+    "pos-mean": ("all", ("positive",), lambda pos, lam: pos),  # eq. (10) alone
+    "pos-only": ("wrong", ("anchor", "positive"), lambda z0, pos, lam: steer(z0, pos, z0, lam)),
     "grpo": ("all", ("right", "wrong"), None), "sft": ("reference", ("reference",), None)}
 
 def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "forward",
                      clip: float = 0.05, temperature: float = 1.0) -> Tensor:  # (T, V) x 2 -> (T,)
-    """KL per position in nats, eq. (15) of arXiv:2605.12400v1; the target gets no gradient.
-    reverse is KL(student || target) as printed, forward KL(target || student) [v2].  Every term
-    p (log p - log q) is clamped to [-clip, clip] (0: not) before the sum over V, so a clipped sum
-    can be negative, and a clamped term has no gradient."""
+    """KL per position in nats, eq. (15) of arXiv:2605.12400v1: KL(student || target) if reverse, as
+    printed; KL(target || student) if forward [v2].  Terms p (log p - log q) are clamped to +-clip
+    (0: not) before the sum over V: the sum can be negative, a clamped term has no gradient."""
     student = (student_logits / temperature).log_softmax(-1)
     target = (target_logits.detach() / temperature).log_softmax(-1)  # log pi_T, eq. (14)
     p, q = (target, student) if kl == "forward" else (student, target)
@@ -617,11 +615,10 @@ def student_hidden(model: nn.Module, y: Rollout) -> Tensor:  # (T, d)
 
 def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tensor],
                      cfg: Config) -> Tensor:  # (3, T)
-    """Eqs. (15)-(16): weight times the sum of a loss per position, and its backward.
+    """Eqs. (15)-(16): backward of weight times a loss; returns loss, unclipped loss, log p(token).
     hidden (T, d) are the student's, with their graph; y.target (T, d) steered states, or None: the
     loss is -log p(token); head (V, d) and a bias, if any, in float32, since lambda multiplies
-    rounding.  Returns the loss before its weight, its unclipped value, log p(token).  No (T, V)
-    logits exist: `head_chunk` positions at a time go down to `hidden`."""
+    rounding.  No (T, V) logits exist: `head_chunk` positions at a time go down to `hidden`."""
     tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
     h, out = hidden.detach().float().requires_grad_(), []  # (T, d)
     for at in torch.arange(len(tokens)).split(cfg.head_chunk):  # (chunk,)
@@ -771,7 +768,8 @@ class Trainer:
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
         cfg, told = self.cfg, set()
-        print(f"memory: about {memory_estimate(cfg, self.model):.1f} GB beside vLLM")
+        gpu = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0
+        print(f"memory: about {memory_estimate(cfg, self.model):.1f} GB beside vLLM, of {gpu:.0f}")
         for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
@@ -901,14 +899,14 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
 
 def memory_estimate(cfg: Config, model: nn.Module) -> float:
     """Upper bound of the training side, in GB; README derives it."""
-    c, size, layer = model.config, model.dtype.itemsize, 8 * model.config.intermediate_size
+    c, size = model.config, model.dtype.itemsize
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-    return 1e-9 * (
-        sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
-        + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # float32 head
-        + size * cfg.micro_tokens * (c.hidden_size + layer)  # teacher
-        + size * longest * (c.hidden_size * c.num_hidden_layers + layer)  # student
-        + 4 * cfg.questions * cfg.rollouts * cfg.distill_tokens * c.hidden_size)  # targets
+    weights = sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
+    head = 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)
+    layer = 8 * size * c.intermediate_size * max(cfg.micro_tokens, longest)
+    inputs = size * c.hidden_size * c.num_hidden_layers * longest
+    targets = 4 * c.hidden_size * cfg.questions * cfg.rollouts * cfg.distill_tokens
+    return (weights + head + layer + inputs + targets) / 1e9
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
