@@ -220,11 +220,9 @@ ALIASES = {name: sign for sign, names in {
     "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
     "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
-    r"\frac": r"\dfrac \tfrac \cfrac",
-    r"\power{1/2}": r"\sqrt √ sqrt"}.items() for name in names.split()}
+    r"\sqrt": "√ sqrt", r"\frac": r"\dfrac \tfrac \cfrac"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
-    (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
     (r"\\?[a-zA-Z]+|\\\S?|[<>!]=|[^\w\s]", lambda m: ALIASES.get(m[0], m[0])),
     (r"^[^(\[{,]*[1-9]\d{0,2}(?:,\d{3})+(?!\d)[^(\[,]*$", lambda m: m[0].replace(",", "")),
     # \text{and} is a comma; words after a number and text after anything are units: 5 square cm
@@ -232,8 +230,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[\d}])((?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|mph|ft)\b)+)", r"\\text{\1}"),
     (r"(?<=\S)([\s/]*\\text *\{(?! *i\}|[^{}]*(illion|sand|%))[^{}]*\}(\^\{?[23]\}?)?)+$", ""),
     (r"\\text\s*\{([^{}]*)\}", r"\1 "),
-    # matrix environments, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45 and 1 4/5
+    # matrices, \sqrt[3]{x}, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45 and 1 4/5
     (r"(?:,\s*)?\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
+    (r"\\sqrt\s*(?:\[([^\]]+)\])?", lambda m: rf"\power{{1/({m[1] or 2})}}"),
     (r"\|([^|]+)\|", r"\\Abs(\1)"),
     (r"(\\(?:sin|cos|tan)[^a-z°]*?)\^?\s*\{?\s*°\s*\}?", r"\1(π/180)"),
     (r"(\\[a-z]{2,6})\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),
@@ -245,9 +244,8 @@ TOKEN = re.compile(r"(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fgh]\([^()]*\)|[a-zA
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": Rational(1, 100), "°": Integer(1)}
 FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
              "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln Abs".split()}
-OPERATIONS = {"+": Add, "-": lambda x, y, **how: Add(x, -y, **how), "*": Mul, "^": Pow, **FUNCTIONS,
-              "/": lambda x, y, **how: Mul(x, Pow(y, -1, **how), **how), "!": sympy.factorial,
-              r"\binom": sympy.binomial}
+OPERATIONS = {"+": Add, "-": Expr.__sub__, "*": Mul, "/": Expr.__truediv__, "^": Pow, **FUNCTIONS,
+              "!": sympy.factorial, r"\binom": sympy.binomial}
 PREFIX = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
 INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
@@ -281,7 +279,8 @@ def compute(sign: str, *args: Expr) -> Expr:
     for size in [sum(map(abs, x.as_real_imag())) for x in args]:    # sympy's Abs is slow
         if size and not 1 / LARGEST <= size <= LARGEST:
             raise OverflowError("out of range")
-    return operation(*args, evaluate=False).evalf(DIGITS, chop=sign != "^" and ROUNDING)
+    number = operation(*[x.evalf(DIGITS) for x in args])
+    return number.evalf(DIGITS, chop=sign != "^" and ROUNDING)
 
 def apply(sign: str, *sides: Value) -> Value:
     """An operation on numbers at every sample point; else a list or the like, made longer."""
@@ -297,49 +296,45 @@ def apply(sign: str, *sides: Value) -> Value:
 
 def read(tokens: list[str]) -> Value:
     r"""Recursive descent: the functions below take tokens from the end of `rest`."""
-    rest = ["}", *reversed(tokens), "{"]
-    value = atom(rest)
-    if rest:
+    rest = [r"\end", *reversed(tokens)]
+    value = expression(rest, LIST)
+    if rest != [r"\end"]:
         raise ValueError("more after the answer")
     return value
 
-def expression(rest: list[str], level: int) -> Value:
+def expression(rest: list[str], level: int = ATOM) -> Value:
     """The longest expression whose operators bind at least as tightly as `level`."""
-    value = atom(rest, level)
-    while binding(rest[-1]) >= level:
+    token = rest.pop()
+    if token in ("+", "-"):     # -2^2 is -(2^2), but x^-2y is x^{-2} y
+        value = apply(token, read(["0"]), expression(rest, max(level, PRODUCT)))
+    elif token in ("(", "[", "{", r"\{", r"\begin"):
+        value, closing = expression(rest, LIST), rest.pop()
+        if value.kind == "," and "{" not in token:
+            value = value._replace(kind=token + closing)
+    elif token in FUNCTIONS:
+        value = apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
+    elif token in PREFIX:       # \power{n}{x} is x^n
+        args = [expression(rest), expression(rest)]
+        value = apply(PREFIX[token], *args[::-1 if token == r"\power" else 1])
+    elif token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
+        value = Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
+    elif re.match(r"[^\W_]|[…∞]|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
+        # Three positive and three negative numbers. The word Yes is yes, but the name X is not x.
+        rng = random.Random(token.lower() if len(token) > 1 and token.isalpha() else token)
+        signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
+        points = (Rational(sign * rng.randint(400, 1400), 500) for sign in signs)
+        value = Value("", tuple(points), name=True)
+    else:
+        raise ValueError(token)
+    # Values side by side are a product: one of two functions in \sin x \cos x.
+    while LEVELS.get(rest[-1], PRODUCT if rest[-1] in FUNCTIONS | PREFIX else SIDE_BY_SIDE) >= level:
+        if re.match(r"[\d.]|[a-zA-Z]{2}", rest[-1]):
+            raise ValueError("a number or word after a value: 5 million")
         sign = rest.pop() if rest[-1] in LEVELS else "*"
         right = POWER if sign in ("*", "/") else LEVELS[sign] + 1
         operands = [value] if sign == "!" else [value, expression(rest, right)]
         value = apply(sign, *operands)
     return value
-
-def binding(token: str) -> int:
-    """How tightly it binds to the value before it; numbers and words do not, as in 5 million."""
-    if re.match(r"[\d.]|[a-zA-Z]{2}", token):
-        raise ValueError(token)
-    return LEVELS.get(token, PRODUCT if token in FUNCTIONS or token in PREFIX else SIDE_BY_SIDE)
-
-def atom(rest: list[str], level: int = ATOM) -> Value:
-    token = rest.pop()
-    if token in ("+", "-"):     # -2^2 is -(2^2), but x^-2y is x^{-2} y
-        return apply(token, read(["0"]), expression(rest, max(level, PRODUCT)))
-    if token in ("(", "[", "{", r"\{", r"\begin"):
-        value, closing = expression(rest, LIST), rest.pop()
-        ordered = value.kind == "," and "{" not in token
-        return value._replace(kind=token + closing) if ordered else value
-    if token in FUNCTIONS:
-        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
-    if token in PREFIX:     # \power{n}{x} is x^n
-        args = [atom(rest), atom(rest)]
-        return apply(PREFIX[token], *args[::-1 if token == r"\power" else 1])
-    if token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
-        return Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
-    if not re.match(r"[^\W_]|[…∞]|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
-        raise ValueError(token)
-    # A variable, or a word: three positive and three negative numbers. Yes is yes, but X is not x.
-    rng = random.Random(token.lower() if len(token) > 1 and token.isalpha() else token)
-    signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
-    return Value("", tuple(Rational(sign * rng.randint(400, 1400), 500) for sign in signs), True)
 
 def unwrap(value: Value) -> Value:
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
