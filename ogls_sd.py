@@ -208,7 +208,7 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 # `tokenise` cleans the text, `read` finds its value, `same` compares values. No formula is kept: a
 # variable stands for six fixed numbers, and sympy computes with those while the text is read.
 
-MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 64_000   # of an answer, unordered list, exact number
+MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 40_000   # of an answer, unordered list, exact number
 # Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
 DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
@@ -216,7 +216,7 @@ ALIASES = {name: sign for sign, names in {
     "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", ":": "&", "<": r"\lt",
     " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", ">": r"\gt",
     "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=",
-    "∈": r"\in", "∪": r"\cup", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
+    "=": r"\in", "∪": r"\cup", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
     "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
     "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
@@ -251,7 +251,7 @@ INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
 END, LIST, RELATION, UNION, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
 LEVELS = {op: level for level, row in enumerate([
-    r") ] } \} \end", ",", "= < > ≤ ≥ ≠ ∈", "∪ :", "+ -", "* /", "", "^ !"]) for op in row.split()}
+    r") ] } \} \end", ",", "= < > ≤ ≥ ≠", "∪ :", "+ -", "* /", "", "^ !"]) for op in row.split()}
 
 class Value(NamedTuple):
     kind: str       # "": a number; else a list ",", ratio ":", union, brackets "(]", relation "<≤"
@@ -270,17 +270,16 @@ def tokenise(text: str) -> list[str]:
 @lru_cache(1000)    # a constant is the same at every sample point
 def compute(sign: str, *args: Expr) -> Expr:
     """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
-    operation = OPERATIONS[sign]
+    function = OPERATIONS[sign]
     if all(x.is_Rational for x in args):
         times = Integer(1) if sign in "+-*/" else abs(args[-1])
         bits = times * sum((x.p * x.q).bit_length() for x in args)
-        if times.is_Integer and bits <= MAX_BITS and (number := operation(*args)).is_Rational:
+        if times.is_Integer and bits <= MAX_BITS and (number := function(*args)).is_Rational:
             return number
     for size in [sum(map(abs, x.as_real_imag())) for x in args]:    # sympy's Abs is slow
         if size and not 1 / LARGEST <= size <= LARGEST:
             raise OverflowError("out of range")
-    number = operation(*[x.evalf(DIGITS) for x in args])
-    return number.evalf(DIGITS, chop=sign != "^" and ROUNDING)
+    return function(*[x.evalf(DIGITS) for x in args]).evalf(DIGITS, chop=sign != "^" and ROUNDING)
 
 def apply(sign: str, *sides: Value) -> Value:
     """An operation on numbers at every sample point; else a list or the like, made longer."""
@@ -338,7 +337,7 @@ def expression(rest: list[str], level: int = ATOM) -> Value:
 
 def unwrap(value: Value) -> Value:
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    if value.kind in ("=", "∈") and value.parts[0].name:
+    if value.kind == "=" and value.parts[0].name:
         return value.parts[1]
     if value.kind in ("<", "≤"):        # one end is at infinity
         below = value.parts[0].name
@@ -376,9 +375,7 @@ def extract_boxed(text: str) -> str | None:
 
 def same_answer(a: str, b: str) -> bool:
     """Are two bare answers equal, by the conventions at the top of this section?"""
-    if max(len(a), len(b)) > MAX_CHARS:
-        return a == b
-    x, y = tokenise(a), tokenise(b)
+    x, y = [tokenise(side) if len(side) <= MAX_CHARS else [side] for side in (a, b)]
     if x == y:
         return x != []
     with LOCK, contextlib.suppress(Exception):     # any text: unreadable or too deep
