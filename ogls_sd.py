@@ -216,8 +216,8 @@ ALIASES = {name: sign for sign, names in {
     "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", ":": "&", "<": r"\lt",
     " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", ">": r"\gt",
     "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=",
-    "=": r"\in", "∪": r"\cup", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
-    "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
+    "=": r"\in", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
+    "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \cup ∪ \\", "π": r"\pi",
     "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
     r"\sqrt": "√ sqrt", r"\frac": r"\dfrac \tfrac \cfrac"}.items() for name in names.split()}
@@ -230,7 +230,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[\d}])((?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|mph|ft)\b)+)", r"\\text{\1}"),
     (r"(?<=\S)([\s/]*\\text *\{(?! *i\}|[^{}]*(illion|sand|%))[^{}]*\}(\^\{?[23]\}?)?)+$", ""),
     (r"\\text\s*\{([^{}]*)\}", r"\1 "),
-    # matrices, \sqrt[3]{x}, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45 and 1 4/5
+    # matrices, \sqrt[3]{x}, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45, 1 4/5
     (r"(?:,\s*)?\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
     (r"\\sqrt\s*(?:\[([^\]]+)\])?", lambda m: rf"\power{{1/({m[1] or 2})}}"),
     (r"\|([^|]+)\|", r"\\Abs(\1)"),
@@ -247,14 +247,15 @@ FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
 OPERATIONS = {"+": Add, "-": Expr.__sub__, "*": Mul, "/": Expr.__truediv__, "^": Pow, **FUNCTIONS,
               "!": sympy.factorial, r"\binom": sympy.binomial}
 PREFIX = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
+COMMANDS = FUNCTIONS | PREFIX
 INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
-END, LIST, RELATION, UNION, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
+END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
 LEVELS = {op: level for level, row in enumerate([
-    r") ] } \} \end", ",", "= < > ≤ ≥ ≠", "∪ :", "+ -", "* /", "", "^ !"]) for op in row.split()}
+    r") ] } \} \end", ",", "= < > ≤ ≥ ≠", ":", "+ -", "* /", "", "^ !"]) for op in row.split()}
 
 class Value(NamedTuple):
-    kind: str       # "": a number; else a list ",", ratio ":", union, brackets "(]", relation "<≤"
+    kind: str       # "": a number; else a list ",", ratio ":", brackets "(]", relation "<≤"
     parts: tuple    # the number at each sample point; else Values
     name: bool = False      # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
 
@@ -284,9 +285,8 @@ def compute(sign: str, *args: Expr) -> Expr:
 def apply(sign: str, *sides: Value) -> Value:
     """An operation on numbers at every sample point; else a list or the like, made longer."""
     if sign in OPERATIONS:
-        points = zip(*(side.parts for side in sides))
-        name = sign not in "+-" and all(side.name for side in sides)
-        return Value("", tuple(compute(sign, *point) for point in points), name)
+        numbers = tuple(map(compute, [sign] * 6, *[side.parts for side in sides]))
+        return Value("", numbers, sign not in "+-" and all(side.name for side in sides))
     if sign in (">", "≥"):
         return apply("<" if sign == ">" else "≤", *sides[::-1])
     left, right = [x if LEVELS.get(x.kind[:1]) == LEVELS[sign] else Value("", (x,)) for x in sides]
@@ -321,18 +321,15 @@ def expression(rest: list[str], level: int = ATOM) -> Value:
         # Three positive and three negative numbers. The word Yes is yes, but the name X is not x.
         rng = random.Random(token.lower() if len(token) > 1 and token.isalpha() else token)
         signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
-        points = (Rational(sign * rng.randint(400, 1400), 500) for sign in signs)
-        value = Value("", tuple(points), name=True)
+        value = Value("", tuple(Rational(s * rng.randint(400, 1400), 500) for s in signs), True)
     else:
         raise ValueError(token)
-    # Values side by side are a product: one of two functions in \sin x \cos x.
-    while LEVELS.get(rest[-1], PRODUCT if rest[-1] in FUNCTIONS | PREFIX else SIDE_BY_SIDE) >= level:
+    while LEVELS.get(rest[-1], PRODUCT if rest[-1] in COMMANDS else SIDE_BY_SIDE) >= level:
         if re.match(r"[\d.]|[a-zA-Z]{2}", rest[-1]):
             raise ValueError("a number or word after a value: 5 million")
         sign = rest.pop() if rest[-1] in LEVELS else "*"
         right = POWER if sign in ("*", "/") else LEVELS[sign] + 1
-        operands = [value] if sign == "!" else [value, expression(rest, right)]
-        value = apply(sign, *operands)
+        value = apply(sign, value, *[] if sign == "!" else [expression(rest, right)])
     return value
 
 def unwrap(value: Value) -> Value:
@@ -358,7 +355,7 @@ def same(x: Value | Expr, y: Value | Expr) -> bool:
         ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
         right_sign = ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive
         return bool(right_sign) and all(same(ratio, ratios[0]) for ratio in ratios)
-    if x.kind in (",", "∪") and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
+    if x.kind == "," and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
         matches = [[same(part, other) for other in y.parts] for part in x.parts]
         return all(map(any, matches)) and all(map(any, zip(*matches)))
     return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
