@@ -213,14 +213,14 @@ MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 40_000   # of an answer, unordered lis
 DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
 ALIASES = {name: sign for sign, names in {
-    "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", ":": "&", "<": r"\lt",
+    "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", "<": r"\lt",
     " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", ">": r"\gt",
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=",
-    "=": r"\in", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
-    "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \cup ∪ \\", "π": r"\pi",
-    "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
-    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
-    r"\sqrt": "√ sqrt", r"\frac": r"\dfrac \tfrac \cfrac"}.items() for name in names.split()}
+    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", ":": "&",
+    "-": "− – —", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄", "±": r"\pm", "°": r"\circ \degree",
+    "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \cup ∪ \\", "=": r"\in",
+    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", "π": r"\pi", "∞": r"\infty",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\sqrt": "√ sqrt",
+    "…": r"\dots \ldots \cdots", "e^": r"\exp"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
     (r"\\?[a-zA-Z]+|\\\S?|[<>!]=|[^\w\s]", lambda m: ALIASES.get(m[0], m[0])),
@@ -246,8 +246,7 @@ FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
              "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln Abs".split()}
 OPERATIONS = {"+": Add, "-": Expr.__sub__, "*": Mul, "/": Expr.__truediv__, "^": Pow, **FUNCTIONS,
               "!": sympy.factorial, r"\binom": sympy.binomial}
-PREFIX = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
-COMMANDS = FUNCTIONS | PREFIX
+COMMANDS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom", **FUNCTIONS}
 INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
 END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
@@ -312,9 +311,9 @@ def expression(rest: list[str], level: int = ATOM) -> Value:
             value = value._replace(kind=token + closing)
     elif token in FUNCTIONS:
         value = apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
-    elif token in PREFIX:       # \power{n}{x} is x^n
+    elif token in COMMANDS:       # \power{n}{x} is x^n
         args = [expression(rest), expression(rest)]
-        value = apply(PREFIX[token], *args[::-1 if token == r"\power" else 1])
+        value = apply(COMMANDS[token], *args[::-1 if token == r"\power" else 1])
     elif token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
         value = Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
     elif re.match(r"[^\W_]|[…∞]|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
@@ -334,14 +333,12 @@ def expression(rest: list[str], level: int = ATOM) -> Value:
 
 def unwrap(value: Value) -> Value:
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    if value.kind == "=" and value.parts[0].name:
-        return value.parts[1]
     if value.kind in ("<", "≤"):        # one end is at infinity
         below = value.parts[0].name
         value = apply("<", *[read(["-", "∞"]), value] if below else [value, read(["∞"])])
     if value.kind in INTERVALS and value.parts[1].name:
         return Value(INTERVALS[value.kind], value.parts[::2])
-    return value
+    return value.parts[1] if value.kind == "=" and value.parts[0].name else value
 
 def same(x: Value | Expr, y: Value | Expr) -> bool:
     """Equality of two values by the conventions at the top."""
