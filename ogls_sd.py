@@ -55,7 +55,7 @@ import safetensors.torch
 import sympy
 import torch
 import transformers
-from sympy import Add, Expr, Integer, Mul, Pow, Rational, nan, oo
+from sympy import Add, Expr, Integer, Mul, Pow, Rational
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -200,13 +200,13 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 
 # ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
-# exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists and
-# \{sets\} are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
+# exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists, sets
+# and unions are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
 # decide the kind of an interval, which 1 \le x < 2 is too. x = 5 equals 5, but not y = 6. Equations
 # are equal up to a constant factor, inequalities up to a positive one. \log is base 10. Sums,
 # limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
-# `tokenise` cleans the text, `read` finds its value, `same` compares values. No formula is kept: a
-# variable stands for six fixed numbers, and sympy computes with those while the text is read.
+# No formula is kept: a variable stands for six fixed numbers, as \infty does, and sympy computes
+# with those while the text is read.
 
 MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 40_000   # of an answer, unordered list, exact number
 # Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
@@ -293,7 +293,7 @@ def apply(sign: str, *sides: Value) -> Value:
     return Value(kind, left.parts + right.parts, all(x.name for x in left.parts + right.parts))
 
 def read(tokens: list[str]) -> Value:
-    r"""Recursive descent: the functions below take tokens from the end of `rest`."""
+    r"""Recursive descent: `expression` takes tokens from the end of `rest`."""
     rest = [r"\end", *reversed(tokens)]
     value = expression(rest, LIST)
     if rest != [r"\end"]:
