@@ -48,7 +48,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 import transformers
-from sympy import Add, Expr, Integer, Mul, Pow, Rational, nan, oo
+from sympy import Add, Expr, Integer, Mul, Pow, Rational
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -185,31 +185,29 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 
 # ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
-# exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists and
-# \{sets\} are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
+# exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists, sets
+# and unions are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
 # decide the kind of an interval, which 1 \le x < 2 is too. x = 5 equals 5, but not y = 6. Equations
 # are equal up to a constant factor, inequalities up to a positive one. \log is base 10. Sums,
 # limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
-# `tokenise` cleans the text, `read` finds its value, `same` compares values. No formula is kept: a
-# variable stands for six fixed numbers, and sympy computes with those while the text is read.
+# No formula is kept: a variable stands for six fixed numbers, as \infty does, and sympy computes
+# with those while the text is read.
 
-MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 32_000   # of an answer, unordered list, exact number
+MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 40_000   # of an answer, unordered list, exact number
 # Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
-DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), Rational(1, 10**120)
+DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
 ALIASES = {name: sign for sign, names in {
-    "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", ":": "&", "<": r"\lt",
+    "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", "<": r"\lt",
     " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", ">": r"\gt",
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=",
-    "∈": r"\in", "∪": r"\cup", "±": r"\pm", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄",
-    "-": "− – —", "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \\", "π": r"\pi",
-    "…": r"\dots \ldots \cdots", "°": r"\circ \degree", "∞": r"\infty", "e^": r"\exp",
-    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", r"\binom": r"\dbinom \tbinom",
-    r"\frac": r"\dfrac \tfrac \cfrac",
-    r"\power{1/2}": r"\sqrt √ sqrt"}.items() for name in names.split()}
+    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", ":": "&",
+    "-": "− – —", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄", "±": r"\pm", "°": r"\circ \degree",
+    "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \cup ∪ \\", "=": r"\in",
+    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", "π": r"\pi", "∞": r"\infty",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\sqrt": "√ sqrt",
+    "…": r"\dots \ldots \cdots", "e^": r"\exp"}.items() for name in names.split()}
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
-    (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
     (r"\\?[a-zA-Z]+|\\\S?|[<>!]=|[^\w\s]", lambda m: ALIASES.get(m[0], m[0])),
     (r"^[^(\[{,]*[1-9]\d{0,2}(?:,\d{3})+(?!\d)[^(\[,]*$", lambda m: m[0].replace(",", "")),
     # \text{and} is a comma; words after a number and text after anything are units: 5 square cm
@@ -217,8 +215,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[\d}])((?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|mph|ft)\b)+)", r"\\text{\1}"),
     (r"(?<=\S)([\s/]*\\text *\{(?! *i\}|[^{}]*(illion|sand|%))[^{}]*\}(\^\{?[23]\}?)?)+$", ""),
     (r"\\text\s*\{([^{}]*)\}", r"\1 "),
-    # matrix environments, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45 and 1 4/5
+    # matrices, \sqrt[3]{x}, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45, 1 4/5
     (r"(?:,\s*)?\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
+    (r"\\sqrt\s*(?:\[([^\]]+)\])?", lambda m: rf"\power{{1/({m[1] or 2})}}"),
     (r"\|([^|]+)\|", r"\\Abs(\1)"),
     (r"(\\(?:sin|cos|tan)[^a-z°]*?)\^?\s*\{?\s*°\s*\}?", r"\1(π/180)"),
     (r"(\\[a-z]{2,6})\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),
@@ -226,31 +225,23 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)")]]
 TOKEN = re.compile(r"(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fgh]\([^()]*\)|[a-zA-Z]{4,}|[yY]es|"
                    r"[nN]o(?![a-zA-Z])|(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
-                   r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|[+-]\s*∞|\S")
-# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
-END, LIST, RELATION, UNION, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
-LEVELS = {op: level for level, row in enumerate([
-    r") ] } \} \end", ",", "= < > ≤ ≥ ≠ ∈", "∪ :", "+ -", "* /", "", "^ !"]) for op in row.split()}
-CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": Rational(1, 100), "°": Integer(1),
-             "∞": oo, "+∞": oo, "-∞": -oo}      # infinity is equal to itself, and not computed with
+                   r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
+CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": Rational(1, 100), "°": Integer(1)}
 FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
              "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln Abs".split()}
-OPERATIONS = {"+": Add, "-": lambda x, y, **how: Add(x, -y, **how), "*": Mul, "^": Pow, **FUNCTIONS,
-              "/": lambda x, y, **how: Mul(x, Pow(y, -1, **how), **how), "!": sympy.factorial,
-              r"\power": lambda n, x, **how: Pow(x, n, **how), r"\binom": sympy.binomial}
-PREFIX = {r"\frac": "/", r"\product": "*", r"\power": r"\power", r"\binom": r"\binom"}
+OPERATIONS = {"+": Add, "-": Expr.__sub__, "*": Mul, "/": Expr.__truediv__, "^": Pow, **FUNCTIONS,
+              "!": sympy.factorial, r"\binom": sympy.binomial}
+COMMANDS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom", **FUNCTIONS}
 INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
+# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
+END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
+LEVELS = {op: level for level, row in enumerate([
+    r") ] } \} \end", ",", "= < > ≤ ≥ ≠", ":", "+ -", "* /", "", "^ !"]) for op in row.split()}
 
 class Value(NamedTuple):
-    kind: str       # "": a number; else a list ",", ratio ":", union, brackets "(]", relation "<≤"
+    kind: str       # "": a number; else a list ",", ratio ":", brackets "(]", relation "<≤"
     parts: tuple    # the number at each sample point; else Values
     name: bool = False      # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
-
-def variable(name: str) -> Value:
-    """Three positive and three negative numbers, shuffled so that ab and |ab| differ somewhere."""
-    rng = random.Random(name.lower() if len(name) > 1 and name.isalpha() else name)     # Yes, yes
-    points = [sign * Rational(rng.randint(400, 1400), 500) for sign in (1, 1, 1, -1, -1, -1)]
-    return Value("", tuple(rng.sample(points, 6)), name=True)
 
 def tokenise(text: str) -> list[str]:
     """Numbers, words, commands and signs; an answer with ± becomes a list of two."""
@@ -261,131 +252,109 @@ def tokenise(text: str) -> list[str]:
     text = ",".join({text.replace("±", sign): None for sign in "+-"})
     return [re.sub(r"[{}\s]", "", t) if len(t) > 2 else t for t in TOKEN.findall(text)]
 
-def settled(x: Expr, zero: Expr) -> Expr:
-    """x, but 0 if it is smaller than `zero`, and nan if it is out of range."""
-    size = sum(map(abs, x.as_real_imag()))      # sympy's Abs is slow
-    if size == 0 or size < zero:
-        return Integer(0)
-    return x if 1 / LARGEST <= size <= LARGEST else nan
-
 @lru_cache(1000)    # a constant is the same at every sample point
 def compute(sign: str, *args: Expr) -> Expr:
-    """Exact if its size, known beforehand, allows; else to DIGITS digits, or nan if undefined."""
-    operation, first, last = OPERATIONS[sign], args[0], args[-1]
-    if all(x.is_Rational for x in args) and (sign in ("+", "-", "*", "/") or (
-            last.is_Integer and (first.p * first.q).bit_length() * abs(last) <= MAX_BITS)):
-        number = operation(*args)
-        if number.is_Rational:
-            return number if (number.p * number.q).bit_length() <= MAX_BITS else nan
-    if sign in ("!", r"\binom") or nan in [settled(x, 0) for x in args]:
-        return nan
-    number = operation(*args, evaluate=False).evalf(DIGITS)
-    return settled(number, 0 if sign in ("^", r"\power") else ROUNDING)     # \sin \pi is 0
+    """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
+    function = OPERATIONS[sign]
+    if all(x.is_Rational for x in args):
+        times = Integer(1) if sign in "+-*/" else abs(args[-1])
+        bits = times * sum((x.p * x.q).bit_length() for x in args)
+        if times.is_Integer and bits <= MAX_BITS and (number := function(*args)).is_Rational:
+            return number
+    for size in [sum(map(abs, x.as_real_imag())) for x in args]:    # sympy's Abs is slow
+        if size and not 1 / LARGEST <= size <= LARGEST:
+            raise OverflowError("out of range")
+    return function(*[x.evalf(DIGITS) for x in args]).evalf(DIGITS, chop=sign != "^" and ROUNDING)
 
-def apply(sign: str, *args: Value) -> Value:
-    """The operation at every sample point; an error where an argument is a list or the like."""
-    numbers = tuple(compute(sign, *point) for point in zip(*(value.parts for value in args)))
-    return Value("", numbers, sign not in ("+", "-") and all(value.name for value in args))
+def apply(sign: str, *sides: Value) -> Value:
+    """An operation on numbers at every sample point; else a list or the like, made longer."""
+    if sign in OPERATIONS:
+        numbers = tuple(map(compute, [sign] * 6, *[side.parts for side in sides]))
+        return Value("", numbers, sign not in "+-" and all(side.name for side in sides))
+    if sign in (">", "≥"):
+        return apply("<" if sign == ">" else "≤", *sides[::-1])
+    left, right = [x if LEVELS.get(x.kind[:1]) == LEVELS[sign] else Value("", (x,)) for x in sides]
+    kind = left.kind + sign + right.kind if LEVELS[sign] == RELATION else sign
+    return Value(kind, left.parts + right.parts, all(x.name for x in left.parts + right.parts))
 
 def read(tokens: list[str]) -> Value:
-    r"""Recursive descent: the functions below take tokens from the end of `rest`."""
+    r"""Recursive descent: `expression` takes tokens from the end of `rest`."""
     rest = [r"\end", *reversed(tokens)]
     value = expression(rest, LIST)
     if rest != [r"\end"]:
         raise ValueError("more after the answer")
     return value
 
-def expression(rest: list[str], level: int) -> Value:
+def expression(rest: list[str], level: int = ATOM) -> Value:
     """The longest expression whose operators bind at least as tightly as `level`."""
-    value = atom(rest, level)
-    while binding(rest[-1]) >= level:
-        sign = rest.pop() if rest[-1] in LEVELS else "*"
-        right = POWER if sign in ("*", "/") else LEVELS[sign] + 1
-        operands = [value] if sign == "!" else [value, expression(rest, right)]
-        value = (apply if sign in OPERATIONS else join)(sign, *operands)
-    return value
-
-def binding(token: str) -> int:
-    """How tightly it binds to the value before it: numbers and words do not, as in 5 million."""
-    implied = PRODUCT if token in FUNCTIONS or token in PREFIX else SIDE_BY_SIDE    # \sin x \cos x
-    return END if re.match(r"[\d.]|[a-zA-Z]{2}", token) else LEVELS.get(token, implied)
-
-def join(sign: str, *sides: Value) -> Value:
-    """A list, ratio, union or chain of relations, made longer; > and ≥ are turned round."""
-    if sign in (">", "≥"):
-        return join("<" if sign == ">" else "≤", *sides[::-1])
-    left, right = [x if LEVELS.get(x.kind[:1]) == LEVELS[sign] else Value("", (x,)) for x in sides]
-    kind = left.kind + sign + right.kind if LEVELS[sign] == RELATION else sign
-    return Value(kind, left.parts + right.parts, all(x.name for x in left.parts + right.parts))
-
-def atom(rest: list[str], level: int = ATOM) -> Value:
     token = rest.pop()
     if token in ("+", "-"):     # -2^2 is -(2^2), but x^-2y is x^{-2} y
-        return apply(token, read(["0"]), expression(rest, max(level, PRODUCT)))
-    if token in ("(", "[", "{", r"\{", r"\begin"):
+        value = apply(token, read(["0"]), expression(rest, max(level, PRODUCT)))
+    elif token in ("(", "[", "{", r"\{", r"\begin"):
         value, closing = expression(rest, LIST), rest.pop()
-        if LEVELS.get(closing) != END:
-            raise ValueError("bracket")
-        ordered = value.kind == "," and "{" not in token
-        return value._replace(kind=token + closing) if ordered else value
-    if token in FUNCTIONS:
-        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
-    if token in PREFIX:
-        return apply(PREFIX[token], atom(rest), atom(rest))
-    if token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
-        return Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
-    # a letter, a word, x_1, f(2), a base's numeral, a Greek letter
-    if re.match(r"[^\W_]|…|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
-        return variable(token)
-    raise ValueError(token)
+        if value.kind == "," and "{" not in token:
+            value = value._replace(kind=token + closing)
+    elif token in FUNCTIONS:
+        value = apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
+    elif token in COMMANDS:       # \power{n}{x} is x^n
+        args = [expression(rest), expression(rest)]
+        value = apply(COMMANDS[token], *args[::-1 if token == r"\power" else 1])
+    elif token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
+        value = Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
+    elif re.match(r"[^\W_]|[…∞]|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
+        # Three positive and three negative numbers. The word Yes is yes, but the name X is not x.
+        rng = random.Random(token.lower() if len(token) > 1 and token.isalpha() else token)
+        signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
+        value = Value("", tuple(Rational(s * rng.randint(400, 1400), 500) for s in signs), True)
+    else:
+        raise ValueError(token)
+    while LEVELS.get(rest[-1], PRODUCT if rest[-1] in COMMANDS else SIDE_BY_SIDE) >= level:
+        if re.match(r"[\d.]|[a-zA-Z]{2}", rest[-1]):
+            raise ValueError("a number or word after a value: 5 million")
+        sign = rest.pop() if rest[-1] in LEVELS else "*"
+        right = POWER if sign in ("*", "/") else LEVELS[sign] + 1
+        value = apply(sign, value, *[] if sign == "!" else [expression(rest, right)])
+    return value
 
 def unwrap(value: Value) -> Value:
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    if value.kind in ("=", "∈") and value.parts[0].name:
-        return value.parts[1]
     if value.kind in ("<", "≤"):        # one end is at infinity
         below = value.parts[0].name
-        value = join("<", read(["-∞"]), value) if below else join("<", value, read(["∞"]))
+        value = apply("<", *[read(["-", "∞"]), value] if below else [value, read(["∞"])])
     if value.kind in INTERVALS and value.parts[1].name:
         return Value(INTERVALS[value.kind], value.parts[::2])
-    return value
+    return value.parts[1] if value.kind == "=" and value.parts[0].name else value
 
-def equal(xs: tuple, ys: tuple) -> bool:
-    """The same number at two sample points or more, and another one at none."""
-    pairs = [(x, y) for x, y in zip(xs, ys) if nan not in (x, y)]
-    return len(pairs) > 1 and all(x == y or compute("-", x, y) == 0 for x, y in pairs)
-
-def same(x: Value, y: Value) -> bool:
+def same(x: Value | Expr, y: Value | Expr) -> bool:
     """Equality of two values by the conventions at the top."""
+    if isinstance(x, Expr):
+        return compute("-", x, y) == 0
     if x.kind != y.kind:
         x, y = unwrap(x), unwrap(y)
-    if x.kind == "" or x.kind != y.kind:
-        return x.kind == y.kind and equal(x.parts, y.parts)
+    if x.kind != y.kind:
+        return False
     if x.kind in ("=", "≠", "<", "≤") and not any(part.kind for part in x.parts + y.parts):
         ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
-        right_sign = ratios[0] != 0 if x.kind in "=≠" else bool(ratios[0].is_positive)
-        return right_sign and equal(ratios, ratios[:1] * 6)
-    if x.kind in (",", "∪") and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
+        right_sign = ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive
+        return bool(right_sign) and all(same(ratio, ratios[0]) for ratio in ratios)
+    if x.kind == "," and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
         matches = [[same(part, other) for other in y.parts] for part in x.parts]
         return all(map(any, matches)) and all(map(any, zip(*matches)))
     return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
 
 def extract_boxed(text: str) -> str | None:
     r"""What the last closed \boxed{...} holds, in one pass."""
-    starts, last = [], ""           # where open braces began, 0 for those without \boxed
-    for match in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.S):
-        if match[0] == "}" and starts:
-            start = starts.pop()
-            last = text[start:match.start()] if start else last
-        elif match[1] or match[0] == "{":
-            starts.append(match.end() if match[1] else 0)
+    opened, last = [], ""
+    for match in re.finditer(r"(\\boxed\s*)?\{|\}", re.sub(r"\\[\\{}]", "..", text)):
+        if match[0] != "}":
+            opened.append(match)
+        elif opened and (start := opened.pop())[1]:
+            last = text[start.end():match.start()]
     return last.strip() or None
 
 def same_answer(a: str, b: str) -> bool:
     """Are two bare answers equal, by the conventions at the top of this section?"""
-    if max(len(a), len(b)) > MAX_CHARS:
-        return a == b
-    x, y = tokenise(a), tokenise(b)
+    x, y = [tokenise(side) if len(side) <= MAX_CHARS else [side] for side in (a, b)]
     if x == y:
         return x != []
     with LOCK, contextlib.suppress(Exception):     # any text: unreadable or too deep
