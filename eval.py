@@ -459,7 +459,7 @@ def premise(args: argparse.Namespace) -> dict[str, float]:
         raise UserError(f"--premise: {args.model} has no single token for each of 0 to 9")
     model, digits = ogls.load_model(cfg), sum(ids, [])
     users = [ask, *(f"The target integer is {x}. {ask}" for x in range(10))]
-    prompts = [torch.tensor([ogls.user_turn(tokenizer, False, user)]) for user in users]
+    prompts = [torch.tensor([student_prompt(tokenizer, "", template=user)]) for user in users]
     rows = [model(prompt.to(model.device)).logits[0, -1, digits].float() for prompt in prompts]
     logits = torch.stack(rows)  # (11, 10): plain and told each x, by digit
     plain, told = logits.softmax(-1).split((1, 10))

@@ -17,20 +17,8 @@ Departures from the paper, marked again where they happen (README has the source
   eq. (15) as printed (`--kl reverse`).  32 questions an update [OPSD], not one.  lambda ramps up,
   and a rollout that is cut off or has no box counts as wrong, so is a negative guide [us].
 """
-import contextlib
-import hashlib
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import string
-import sys
-import threading
-import time
-import unicodedata
+import contextlib, hashlib, json, math, os, random, re
+import shutil, signal, string, sys, threading, time, unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -169,19 +157,17 @@ def plain_text(tokenizer, text: str) -> str:
     special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
     return re.sub("|".join(["<think>", *special]), " ", text).strip()  # a space: nothing joins up
 
-def user_turn(tokenizer, thinking: bool, template: str, **texts: str) -> list[int]:
-    """Ids of one user turn and the generation prompt; a response's own ids follow them."""
-    text = template.format(**{name: plain_text(tokenizer, text) for name, text in texts.items()})
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False,
-                                         add_generation_prompt=True, enable_thinking=thinking)
-
-def student_prompt(tokenizer, problem: str, thinking: bool = False) -> list[int]:
-    """x for student and anchor ([OPSD]; the paper prints the teacher's prompt only)."""
-    return user_turn(tokenizer, thinking, STUDENT_TEMPLATE, problem=problem)
+def student_prompt(tokenizer, problem: str, thinking: bool = False,
+                   template: str = STUDENT_TEMPLATE, **guide: str) -> list[int]:
+    """Ids of x as a user turn [OPSD], up to where a response's own ids follow."""
+    texts = {k: plain_text(tokenizer, text) for k, text in {"problem": problem, **guide}.items()}
+    turn = [{"role": "user", "content": template.format(**texts)}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False,
+                                         enable_thinking=thinking)
 
 def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) -> list[int]:
     """(x, g) for the teacher, B.2 of the paper, for a guide of either sign."""
-    return user_turn(tokenizer, thinking, TEACHER_TEMPLATE, problem=problem, guide=guide)
+    return student_prompt(tokenizer, problem, thinking, TEACHER_TEMPLATE, guide=guide)
 
 # ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
@@ -192,7 +178,6 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 # limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
 # No formula is kept: a variable stands for six fixed numbers, as \infty does, and sympy computes
 # with those while the text is read.
-
 MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 40_000   # of an answer, unordered list, exact number
 # Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
 DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
@@ -376,7 +361,6 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
         if model.adapter_on:  # else None, which leaves the output W x as it is
             A, B = layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype)
             return output + alpha / rank * (inputs[0] @ A.T @ B.T)  # (B, L, out)
-
     model.requires_grad_(False)
     model.adapter_on = True
     torch.manual_seed(seed)
@@ -448,9 +432,8 @@ class VLLMSampler:
                 cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens, enable_lora=True,
                 max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),  # a power of two
-                max_loras=1, tensor_parallel_size=tensor_parallel,
-                # On a CPU a prompt split into chunks and a seed of its own stop the engine.
-                enforce_eager=not gpu, enable_chunked_prefill=gpu).llm_engine
+                max_loras=1, tensor_parallel_size=tensor_parallel, enforce_eager=not gpu,
+                enable_chunked_prefill=gpu).llm_engine  # on a CPU, with seeds, it stops the engine
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
                cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
@@ -534,8 +517,7 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
             hidden = first.repeat(*padded.shape, 1)  # (R, T, d)
             for rows in order.split(max(1, budget // (len(prompt) + padded.shape[1]))):  # (B,)
                 T = len(responses[rows[0]])  # the longest; causal: padding after it is not seen
-                # More keys than queries: aligned to the lower right, where Transformers would build
-                # a mask of (B, T, P + T) and lose the fast kernel.
+                # More keys than queries; Transformers' own mask would lose the fast kernel.
                 mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
                 out = model.base_model(padded[rows, :T], past_key_values=cache, attention_mask=mask)
                 hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
@@ -626,8 +608,7 @@ class Trainer:
         write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
 
     def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
-        """Eqs. (4)-(5): G graded rollouts a question.  What was cut off is wrong, box or not [us].
-        Sampling depends on (seed, step) alone, so that a resumed run needs no sampler state."""
+        """Eqs. (4)-(5), from (seed, step) alone; a rollout that was cut off is wrong [us]."""
         cfg, groups = self.cfg, [[] for _ in problems]
         prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
         seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
@@ -654,10 +635,9 @@ class Trainer:
 
     def guide_prompt(self, guide: Rollout) -> list[int]:
         """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
-        end = guide.tokens[-self.cfg.guide_tokens :]
-        text = self.tokenizer.decode(end, skip_special_tokens=True)
-        prompt = teacher_prompt(self.tokenizer, guide.problem.problem, text, self.cfg.thinking)
-        return prompt if end else guide.prompt  # the anchor's
+        end = self.tokenizer.decode(guide.tokens[-self.cfg.guide_tokens:], skip_special_tokens=True)
+        prompt = teacher_prompt(self.tokenizer, guide.problem.problem, end, self.cfg.thinking)
+        return prompt if guide.tokens else guide.prompt  # the anchor's
 
     def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
         """Eqs. (6)-(14): rollouts with what a question teaches on them, or the pool it lacks."""
@@ -737,8 +717,9 @@ class Trainer:
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
         cfg, told = self.cfg, set()
-        gpu = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0
-        print(f"memory: about {memory_estimate(cfg, self.model):.1f} GB beside vLLM, of {gpu:.0f}")
+        held = sum(p.nbytes * (1 + 3 * p.requires_grad) for p in self.model.parameters())  # + AdamW
+        gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+        print(f"memory: {held / 1e9:.1f} GB and, see README, a step's; the GPU has {gpu / 1e9:.0f}")
         for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
@@ -826,9 +807,9 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
         eos = config.eos_token_id
         with contextlib.suppress(OSError):  # Qwen3 lists a second one there
             eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
-        refuse(eos is None, "it has no EOS token, so no rollout would end")
         scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
+        refuse(eos is None, "it has no EOS token")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
     refuse(cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided) > config.max_position_embeddings,
            f"{cfg.model} has too short a context; lower --guide-tokens or --max-new-tokens")
@@ -865,17 +846,6 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     changed = [f"{n} (was {before.get(n)})" for n in fixed if before.get(n) != record[n]]
     refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
-
-def memory_estimate(cfg: Config, model: nn.Module) -> float:
-    """Upper bound of the training side, in GB; README derives it."""
-    c, size = model.config, model.dtype.itemsize
-    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-    weights = sum(p.nbytes * (1 + 3 * p.requires_grad) for p in model.parameters())  # with AdamW's
-    head = 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)
-    layer = 8 * size * c.intermediate_size * max(cfg.micro_tokens, longest)
-    inputs = size * c.hidden_size * c.num_hidden_layers * longest
-    targets = 4 * c.hidden_size * cfg.questions * cfg.rollouts * cfg.distill_tokens
-    return (weights + head + layer + inputs + targets) / 1e9
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
 # What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
