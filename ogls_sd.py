@@ -178,7 +178,7 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 # limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
 # No formula is kept: a variable stands for six fixed numbers, as \infty does, and sympy computes
 # with those while the text is read.
-MAX_CHARS, MAX_ITEMS, MAX_BITS = 600, 20, 40_000   # of an answer, unordered list, exact number
+MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 40_000   # of an answer, unordered list, exact number
 # Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
 DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
@@ -399,6 +399,18 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         for name, tensor in adapter_tensors(model).items():
             tensor.data = loaded[name].to(tensor).view_as(tensor)
 
+def load_model(cfg: Config) -> nn.Module:
+    """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
+    with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=cfg.dtype, use_safetensors=True)
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        refuse(not adapter_tensors(model), f"it has no {', '.join(LORA_TARGETS)}")
+    # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
+    model.generation_config = transformers.GenerationConfig()
+    model.gradient_checkpointing_enable()
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
+
 # ==== 5. Sampling: rollouts as token ids, from vLLM or Transformers' generate =====================
 @dataclass
 class Rollout:
@@ -608,10 +620,10 @@ class Trainer:
         write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
 
     def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
-        """Eqs. (4)-(5), from (seed, step) alone; a rollout that was cut off is wrong [us]."""
+        """Eqs. (4)-(5): G graded rollouts a question.  What is cut off is wrong, box or not [us]."""
         cfg, groups = self.cfg, [[] for _ in problems]
         prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
-        seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
+        seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)  # no sampler state to restore
         seeds = [seed + i * cfg.rollouts for i in range(len(problems))]
         sampled = self.sampler.sample(prompts, seeds, adapter, cfg)
         for i, rollouts in tqdm(sampled, "sampling", len(problems), leave=False, disable=None):
@@ -627,9 +639,9 @@ class Trainer:
         reference = [replace(group[0], tokens=s, logprobs=[], text=text)] if text else []
         right, wrong = ([y for y in group if y.correct == r] for r in (True, False))
         pools = {"all": group, "right": right, "wrong": wrong, "reference": reference,
-                 "positive": right + reference,  # y_j itself is one of the negative
-                 "negative": wrong if len(wrong) > self.cfg.exclude_self else [],
-                 "anchor": [replace(group[0], tokens=[])]}  # no guide, eq. (12)
+                 "anchor": [replace(group[0], tokens=[])],  # no guide, eq. (12)
+                 "positive": right + reference,
+                 "negative": wrong if len(wrong) > self.cfg.exclude_self else []}  # not y_j alone
         trained, guides, _ = METHODS[self.cfg.method]
         return pools, next((name for name in (*guides, trained) if not pools[name]), None)
 
@@ -719,7 +731,7 @@ class Trainer:
         cfg, told = self.cfg, set()
         held = sum(p.nbytes * (1 + 3 * p.requires_grad) for p in self.model.parameters())  # + AdamW
         gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-        print(f"memory: {held / 1e9:.1f} GB and, see README, a step's; the GPU has {gpu / 1e9:.0f}")
+        print(f"memory: {held / 1e9:.1f} GB beside a step's (README); the GPU has {gpu / 1e9:.0f}")
         for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
@@ -750,7 +762,7 @@ class Trainer:
             for text in {*alarms(self.logs["metrics"])} - told:
                 told.add(text)
                 tqdm.write(f"warning: {text}")
-            for y in {y.correct: y for group in groups for y in group}.values():
+            for y in {y.correct: y for group in groups for y in group}.values():  # one of each
                 sample = {"step": step, "correct": y.correct, "finished": y.finished,
                           "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
                           "answer": y.problem.answer}
@@ -815,18 +827,6 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
            f"{cfg.model} has too short a context; lower --guide-tokens or --max-new-tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos
 
-def load_model(cfg: Config) -> nn.Module:
-    """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
-    with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=cfg.dtype, use_safetensors=True)
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-        refuse(not adapter_tensors(model), f"it has no {', '.join(LORA_TARGETS)}")
-    # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
-    model.generation_config = transformers.GenerationConfig()
-    model.gradient_checkpointing_enable()
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
-
 def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     """The problems in the run's order, and the text of config.json; refuses to mix two runs."""
     problems, unusable = load_problems(cfg.data)
@@ -848,8 +848,7 @@ def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
     return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
 
 # ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
-# What differs from the recipe: sizes, a learning rate for so small a model, and no clip, since at
-# 0.05 it stops all learning from a teacher this sure of itself.
+# Unlike the recipe: sizes, lr, and no clip: at 0.05 a teacher this sure of itself teaches nothing.
 TOY = dict(questions=16, max_new_tokens=40, dtype="float32", lr=3e-4, clip=0.0, steps=20)
 ROOTS, WORDINGS = range(11, 31), (" squared is ", "^2 = ", " times itself is ")
 
