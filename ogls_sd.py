@@ -19,7 +19,7 @@ Departures from the paper, marked again where they happen (README has the source
 """
 import contextlib, hashlib, json, math, os, random, re
 import shutil, signal, string, sys, threading, time, unicodedata
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -130,10 +130,7 @@ TEACHER_TEMPLATE = (
     "answer to the problem above. Think step by step, explore different approaches, and do not be "
     "afraid to backtrack or reconsider if something does not work out:" + REQUEST)
 
-class Problem(NamedTuple):
-    problem: str  # x
-    answer: str
-    solution: str  # s; "" where the data has none
+Problem = namedtuple("Problem", "problem answer solution")  # x, the gold answer, s or ""
 
 def load_problems(source: str) -> tuple[list[Problem], int]:
     """Problems of a hub set or local file, and how many rows were dropped for want of an answer."""
@@ -620,10 +617,10 @@ class Trainer:
         write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
 
     def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
-        """Eqs. (4)-(5): G graded rollouts a question.  What is cut off is wrong, box or not [us]."""
+        """Eqs. (4)-(5): G graded rollouts a question.  What is cut is wrong, box or not [us]."""
         cfg, groups = self.cfg, [[] for _ in problems]
         prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
-        seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)  # no sampler state to restore
+        seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)  # no state to save
         seeds = [seed + i * cfg.rollouts for i in range(len(problems))]
         sampled = self.sampler.sample(prompts, seeds, adapter, cfg)
         for i, rollouts in tqdm(sampled, "sampling", len(problems), leave=False, disable=None):
@@ -729,9 +726,14 @@ class Trainer:
     def train(self) -> None:
         """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
         cfg, told = self.cfg, set()
-        held = sum(p.nbytes * (1 + 3 * p.requires_grad) for p in self.model.parameters())  # + AdamW
+        c, longest = self.model.config, cfg.max_prompt_tokens + cfg.max_new_tokens
+        need = (sum(p.nbytes * (1 + 3 * p.requires_grad) for p in self.model.parameters())
+                + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # README: each term
+                + 4 * c.hidden_size * cfg.questions * cfg.rollouts * cfg.distill_tokens
+                + 48 * c.hidden_size * max(cfg.micro_tokens, longest)
+                + 2 * c.hidden_size * c.num_hidden_layers * longest)
         gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-        print(f"memory: {held / 1e9:.1f} GB beside a step's (README); the GPU has {gpu / 1e9:.0f}")
+        print(f"memory: about {need / 1e9:.2g} GB beside vLLM; the GPU has {gpu / 1e9:.0f}")
         for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
@@ -789,7 +791,6 @@ def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
             "sampled_tokens_per_s": tokens / seconds}
 
 def alarms(history: list[dict]) -> list[str]:
-    """What the last step warns of: figures over their limits."""
     limits = {"engine_gap": 0.1, "truncated": 0.5}
     if len(history) > 10:  # three times the mean of the first ten steps
         limits |= {name: 0.3 * sum(m[name] or 0 for m in history[:10]) for name in ("length", "kl")}
@@ -915,8 +916,7 @@ def make_toy(cfg: Config, steps: int = 250) -> Config:
 
 def score(run: Trainer, adapter: Path | None) -> float:
     """mean@G in percent on the toy's held-out problems, of a checkpoint or of the base model."""
-    problems, _ = load_problems(f"{run.cfg.model}/heldout.jsonl")
-    groups = run.sample(problems, 0, adapter)
+    groups = run.sample(load_problems(f"{run.cfg.model}/heldout.jsonl")[0], 0, adapter)
     return round(100 * fmean(y.correct for group in groups for y in group), 1)
 
 # ==== Main ========================================================================================
