@@ -361,8 +361,8 @@ def inspect_run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = ogls.Trainer(replace(cfg, method="inspect", output_dir=folder, resume=False))
     problems = run.problems[: 2 * args.inspect]
-    groups = [group for group in run.sample(problems, 0, adapter) if not run.pools(group)[1]]
-    groups = groups[: args.inspect]
+    groups = [sorted(group, key=lambda y: y.correct) for group in run.sample(problems, 0, adapter)]
+    groups = [g for g in groups if not run.pools(g)[1]][: args.inspect]  # wrong first: exclude_self
     if not groups:
         raise UserError("--inspect: no question has a wrong rollout and guides in both pools")
     facts = (f"Shown: {cfg.model}, adapter {adapter or 'none'}, lambda {cfg.strength:g}, "

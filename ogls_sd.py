@@ -12,7 +12,7 @@ Algorithm 1, for each question x
   5. pull the student toward softmax(zT) at the tokens of the wrong rollouts          eqs. (15)-(16)
   theta student: base weights and LoRA adapter, theta' teacher: the base alone, lambda strength
   Axes: B batch, R responses, L sequence, P prompt, T response tokens, d width, V vocabulary, r rank
-Departures from the paper, marked again where they happen (README has the source of every value)
+Departures from the paper, marked again where they happen (marks: Config; all values: README)
   Hidden states are steered in place of logits, which is exact: see `steer`.  Forward KL [v2], not
   eq. (15) as printed (`--kl reverse`).  32 questions an update [OPSD], not one.  lambda ramps up,
   and a rollout that is cut off or has no box counts as wrong, so is a negative guide [us].
@@ -175,7 +175,7 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 # limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
 # No formula is kept: a variable stands for six fixed numbers, as \infty does, and sympy computes
 # with those while the text is read.
-MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 40_000   # of an answer, unordered list, exact number
+MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000   # of an answer, unordered list, exact number
 # Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
 DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
 LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
@@ -352,7 +352,7 @@ def grade(response: str, gold: str) -> bool:
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
-    """W x + (alpha / r) B A x in attention and MLP.  W is the teacher's too: frozen, never merged.
+    """Adds (alpha / r) B A x to W x of attention and MLP, in place; the teacher's W stays as it is.
     A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6."""
     def update(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
         if model.adapter_on:  # else None, which leaves the output W x as it is
@@ -362,7 +362,7 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
     model.adapter_on = True
     torch.manual_seed(seed)
     for name, layer in model.named_modules():
-        if name.endswith(LORA_TARGETS):
+        if name.rpartition(".")[2] in LORA_TARGETS:
             n = layer.in_features
             layer.lora_A = nn.Parameter(torch.empty(rank, n).uniform_(-(n**-0.5), n**-0.5))
             layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
@@ -534,7 +534,7 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
 
 def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
               budget: int, exclude_self: bool = False) -> Tensor:  # (R, T, d)
-    """Mean over a pool, eq. (10), in float32; `exclude_self`: response i without guide i."""
+    """Mean over a pool, eq. (10), in float32; `exclude_self`: without guide i for response i."""
     keep = 1 - torch.eye(len(prompts), len(responses)) * exclude_self  # (guides, R)
     weights = (keep / keep.sum(0)).to(model.device)[..., None, None]  # (guides, R, 1, 1)
     return sum(h.float() * w for h, w in
@@ -547,8 +547,8 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     no (T, V) logits are kept for each of G + 2 teacher passes."""
     return anchor + strength * (positive - negative)
 
-# By method: the rollouts trained on, the pools that must not be empty, and the target made of these
-# pools' means, all (R, T, d).  Without a target the tokens themselves are imitated.
+# By method: the rollouts trained on, the pools that must not be empty, the target made of their
+# means, all (R, T, d), and lambda.  Without a target the tokens themselves are imitated.
 METHODS: dict[str, tuple[str, tuple[str, ...], Callable[..., Tensor] | None]] = {
     "ogls": ("wrong", ("anchor", "positive", "negative"), steer),  # eqs. (11) and (13)
     "opsd": ("all", ("reference",), lambda ref, lam: ref),  # arXiv:2601.18734
@@ -588,8 +588,8 @@ def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tenso
             loss = exact = F.cross_entropy(logits / heat, tokens[at], reduction="none")
         else:
             steered = F.linear(y.target[at], *head)  # (chunk, V)
-            loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
             exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
+            loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
         (weight * loss.sum()).backward()  # frees the chunk's logits
         logp = -F.cross_entropy(logits.detach(), tokens[at], reduction="none")
         out.append(torch.stack([loss, exact, logp]).detach())
@@ -733,7 +733,7 @@ class Trainer:
                 + 48 * c.hidden_size * max(cfg.micro_tokens, longest)
                 + 2 * c.hidden_size * c.num_hidden_layers * longest)
         gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-        print(f"memory: about {need / 1e9:.2g} GB beside vLLM; the GPU has {gpu / 1e9:.0f}")
+        print(f"memory: about {need / 1e9:.1f} GB without the sampler; the GPU has {gpu / 1e9:.0f}")
         for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
             # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
             clock = [time.perf_counter()]
@@ -769,7 +769,7 @@ class Trainer:
                           "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
                           "answer": y.problem.answer}
                 self.logs["samples"].append(sample)
-                if step % cfg.save_every <= 1:
+                if step % cfg.save_every == 1 % cfg.save_every:
                     tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
             for name, rows in self.logs.items():
                 write_text(self.out / f"{name}.jsonl", "\n".join([*map(json.dumps, rows), ""]))
@@ -791,9 +791,9 @@ def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
             "sampled_tokens_per_s": tokens / seconds}
 
 def alarms(history: list[dict]) -> list[str]:
-    limits = {"engine_gap": 0.1, "truncated": 0.5}
-    if len(history) > 10:  # three times the mean of the first ten steps
-        limits |= {name: 0.3 * sum(m[name] or 0 for m in history[:10]) for name in ("length", "kl")}
+    early = history[:10] if len(history) > 10 else []
+    limits = {"engine_gap": 0.1, "truncated": 0.5, **{
+        k: 3 * fmean([m[k] for m in early if m[k]] or [math.inf]) for k in ("length", "kl")}}
     return [f"{name} is over {limit:.3g}, see README" for name, limit in limits.items()
             if (history[-1][name] or 0) > limit]
 
@@ -825,7 +825,7 @@ def open_model(cfg: Config) -> tuple[object, list[int]]:
         refuse(eos is None, "it has no EOS token")
     guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
     refuse(cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided) > config.max_position_embeddings,
-           f"{cfg.model} has too short a context; lower --guide-tokens or --max-new-tokens")
+           f"context: {config.max_position_embeddings}; lower --guide-tokens or --max-new-tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos
 
 def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
@@ -940,7 +940,7 @@ def main(argv: list[str]) -> int:
         print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
-        told = "GPU memory is full; lower --max-new-tokens, --micro-tokens or --vllm-memory"
+        told = "GPU memory is full; lower --micro-tokens, --head-chunk or --vllm-memory, --resume"
     except (UserError, OSError) as error:
         told = str(error)
     print(f"error: {told}", file=sys.stderr)
