@@ -330,7 +330,7 @@ e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
 10_{2} ~ 10_2           ~ \binom52 ~ 10             ~ \frac{n^2-n}{2} ~ \binom{n}{2}
 \sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x   ~ |x| ~ |-x|
 \begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix} ~ (-1)^n ~ (-1)^{n+2}
-2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes ~ \frac{x^2}{x} ~ x
+2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes ~ \frac{x^2}{x} ~ x ~ 9^{2018} ~ N=3^{4036}
 """
 DIFFERENT = r"""
 0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
@@ -535,6 +535,7 @@ def test_alarms():
     for steps, count, change in ((30, 0, {}), (1, 1, {"engine_gap": 0.2}), (9, 0, {"length": 900}),
                                  (1, 1, {"truncated": 0.6}), (10, 2, {"length": 301, "kl": 0.31})):
         assert len([*ogls_sd.alarms([calm] * steps + [calm | change])]) == count
+    assert not ogls_sd.alarms([calm | {"kl": None}] * 10 + [calm])  # no early kl, no limit
 
 def test_metrics_of_a_step_by_hand(trainer):
     run = trainer(guide_tokens=6)
