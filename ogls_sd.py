@@ -81,7 +81,7 @@ class Config:
     distill_tokens: int = setting(1024, "T, tokens distilled from each rollout's start [v1]")
     guide_tokens: int = setting(8192, "longest guide g; of a longer one its last tokens [us]")
     exclude_self: bool = setting(False, "leave y_j out of its own negative pool [us]")
-    kl: Literal["forward", "reverse"] = setting("forward", "forward [v2, OPSD] or reverse [v1] KL")
+    kl: Literal["forward", "reverse"] = setting("forward", "KL(teacher||student) [v2]; reverse: v1")
     clip: float = setting(0.05, "clamp of each (position, token) term of the KL [v1]; 0 = off")
     tail_weight: float = setting(0.0, "weight of the tail's cross-entropy [v2]; 0 = off, try 0.1")
     tail_tokens: int = setting(128, "last tokens of short correct rollouts it trains [v2]")
@@ -121,7 +121,7 @@ def parse_args(argv: list[str]) -> Config:
 # ==== 2. Data: problems and the two prompts =======================================================
 REQUEST = "\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 STUDENT_TEMPLATE = "Problem: {problem}" + REQUEST
-# One wording for right and wrong guides: what it adds by itself is in both pools and cancels, (11).
+# One wording for right and wrong guides: what it adds is in both pools and cancels, eq. (11).
 TEACHER_TEMPLATE = (
     "Problem: {problem}\n\nHere is a reference solution to this problem:\n=== Reference Solution "
     "Begin ===\n{guide}\n=== Reference Solution End ===\n\n\nAfter reading the reference solution "

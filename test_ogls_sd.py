@@ -166,6 +166,7 @@ def test_pools_and_the_reasons_to_skip(trainer):
     assert why(TEXTS[:2], (False, False)) is None  # s is the only positive guide
     assert why(TEXTS[:2], (False, False), solution=False) == "positive"
     assert why(TEXTS[:2], (True, False), exclude_self=True) == "negative"  # y_j is the only one
+    assert why(("", TEXTS[0]), (False, True)) is None  # an empty answer is a wrong one
     assert why(TEXTS[:2], (True, True), method="opsd") is None
     assert why(TEXTS[:2], (True, True), method="pos-only") == "wrong"
     assert why(TEXTS[:2], (True, True), method="grpo") == "wrong"
@@ -271,9 +272,8 @@ def test_sft_imitates_the_solution_and_tail_the_ends_of_short_right_rollouts(tra
     group = make_group(tail, TEXTS[:4], (True, True, False, False))  # the first is a long one
     examples, _ = tail.examples(group, 1.0)
     (end,) = [e for e in examples if e.target is None]
-    tokens = group[1].tokens
-    assert end.prompt + end.tokens == group[1].prompt + tokens
-    assert (end.tokens, end.weight) == (tokens[-3:], 0.1)
+    x, tokens = group[1].prompt, group[1].tokens
+    assert (end.prompt, end.tokens, end.weight) == (x + tokens[:-3], tokens[-3:], 0.1)
     logits = naive_logits(tail.model, end.prompt, end.tokens)
     both = tail.update(examples)
     alone = -0.1 * logits.log_softmax(-1)[range(3), end.tokens].mean().item()
