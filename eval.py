@@ -144,7 +144,7 @@ def read_settings(args: argparse.Namespace, flags: list[str]) -> Config:
 
 
 def read_json(file: Path, default: dict) -> dict:
-    """A file that a program of ours wrote; `default` if there is none.  UserError if it is foreign."""
+    """What a program of ours wrote, or `default` if it has not yet.  UserError if it is foreign."""
     if not file.exists():
         return default
     with explained(f"{file} is no file of this program: {{reason}}"):
@@ -401,9 +401,9 @@ def missing_questions(problems: dict, checkpoints: list, done: list[dict]) -> di
 
 def sample_missing(cfg: Config, tokenizer, eos: list[int], todo: dict, output: Path,
                    gpus: int) -> None:
-    """Appends responses to --output.  All sets go into vLLM together: the wait for the last, longest
-    responses is paid once.  With generate each question is a batch of its own, because its samples
-    must not depend on where a run was killed."""
+    """Appends responses to --output.  All sets go into vLLM together: the wait for the longest ones
+    is paid once.  With generate each question is a batch of its own, because its samples must not
+    depend on where a run was killed."""
     if cfg.sampler == "vllm":
         sampler = ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
     else:
@@ -470,7 +470,7 @@ WORDINGS = ["We get ", "It ends in ", "The last digit is "]
 
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """Characters; operations, phrases and the prompts' fixed parts are single tokens: it is fast."""
+    """Characters; operations, phrases and the prompts' fixed parts are single tokens."""
     tokenizer = transformers.Qwen2Tokenizer(
         eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=(
             "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n"
@@ -596,7 +596,7 @@ def run_toy(argv: list[str]) -> int:
     with ogls.locked(out):
         make_toy(out / "toy", cfg.seed)
     words = [f"--model={out}/toy", f"--data={out}/toy/train.jsonl", *TOY, *argv]
-    say("the toy is this command, with each setting that is not the paper's:")
+    say("the toy is this command; its settings other than folders are not the paper's:")
     say(f"python ogls_sd.py {shlex.join(words)}")
     code = ogls.main(words)
     if code:
@@ -660,7 +660,7 @@ def plot(args: argparse.Namespace) -> None:
     for run in args.plot:
         log = read_lines(run / "metrics.jsonl", ["step", *PANELS])
         if not log:
-            raise UserError(f"--plot {run}: no metrics.jsonl with a step in it; give a run's folder")
+            raise UserError(f"--plot {run} has no metrics.jsonl with a step; give a run's folder")
         runs[str(run)] = [log]
     with explained("--plot cannot draw these logs: {reason}"):
         draw(runs, args.output or Path("scores/curves.png"))
@@ -727,7 +727,7 @@ def one_adapter(args: argparse.Namespace) -> Path | None:
 
 
 def teacher(args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy alone, shown the solution, and shown a wrong rollout: what OGLS-SD has to work with."""
+    """Accuracy alone, shown the solution, shown a wrong rollout: what OGLS-SD has to work with."""
     cfg, adapter = args.cfg, one_adapter(args)
     tokenizer, sampler, problems = open_model(cfg, adapter)
     problems = [problem for problem in problems if problem.solution][: args.teacher]
@@ -772,7 +772,8 @@ def inspect(args: argparse.Namespace) -> None:
     cfg = replace(args.cfg, method="ogls")
     tokenizer, sampler, problems = open_model(cfg, adapter)
     groups = []
-    for group in ogls.sample_groups(sampler, tokenizer, problems[: 2 * args.inspect], 0, adapter, cfg):
+    some = problems[: 2 * args.inspect]
+    for group in ogls.sample_groups(sampler, tokenizer, some, 0, adapter, cfg):
         reader = ogls.make_reader(sampler.model, tokenizer, group, cfg)
         if len(groups) < args.inspect and ogls.make_examples(group, reader, cfg, 0.0)[0]:
             groups.append(group)
@@ -815,27 +816,21 @@ def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Con
 
 
 def show_group(model: nn.Module, tokenizer, group: ogls.Group, cfg: Config) -> str:
-    """A question, its first wrong and first right rollout, and the guides, as HTML."""
-    problem = group.problem
-    say(f"\n{problem.question}\nReference answer: {problem.answer}")
-    parts = [f"<h2>Question</h2><pre>{escape(problem.question)}\n"
-             f"Reference answer: {escape(problem.answer)}</pre>"]
-    for wanted in (False, True):
+    """A question, its first wrong and first right rollout, and its rollouts as guides, as HTML."""
+    head = f"{group.problem.question}\nReference answer: {group.problem.answer}"
+    say(f"\n{head}")
+    parts = [f"<h2>Question</h2><pre>{escape(head)}</pre>"]
+    for wanted, name in [(False, "wrong"), (True, "right, not trained on")]:
         numbers = [j for j, y in enumerate(group.rollouts) if y.correct == wanted]
-        if numbers:
-            states = five_states(model, tokenizer, group, numbers[0], cfg)  # (5, T, d)
-            title = f"Rollout {numbers[0] + 1} is {'right, not trained on' if wanted else 'wrong'}"
-            tokens = group.rollouts[numbers[0]].tokens
+        for j in numbers[:1]:
+            states = five_states(model, tokenizer, group, j, cfg)  # (5, T, d)
+            tokens = group.rollouts[j].tokens
+            title = f"Rollout {j + 1} is {name}"
             parts.append(show_rollout(model, tokenizer, title, tokens, states, cfg))
-    for name, sign in [("positive", True), ("negative", False)]:
-        guides = ""
-        for j, y in enumerate(group.rollouts, 1):
-            if y.correct == sign:
-                guides += f"rollout {j}: {y.text}\n\n"
-        if sign and problem.solution:
-            guides += f"solution: {problem.solution}\n"
-        parts.append(f"<details><summary>Guides in the {name} pool</summary>"
-                     f"<pre>{escape(guides)}</pre></details>")
+    guides = f"solution: {group.problem.solution}\n\n"
+    for j, y in enumerate(group.rollouts, 1):
+        guides += f"rollout {j}, {'right' if y.correct else 'wrong'}: {y.text}\n\n"
+    parts.append(f"<details><summary>Guides</summary><pre>{escape(guides)}</pre></details>")
     return "".join(parts)
 
 
@@ -844,78 +839,55 @@ def show_rollout(model: nn.Module, tokenizer, title: str, tokens: list[int], sta
                  cfg: Config) -> str:
     """Coloured tokens, and in words the first one and the three where student and target differ
     most.  states: (5, T, d) of `five_states`."""
-    head = ogls.float32_head(model)
-    notes, moves, losses, cuts = [], [], [], []
-    for t in range(states.shape[1]):
-        logits = head(states[:, t])  # (5, V)
-        logp = (logits / cfg.temperature).log_softmax(-1)  # (5, V)
-        loss, exact = ogls.divergences(logits[:1], logits[4:], cfg.kl, cfg.clip, cfg.temperature)
-        moves.append((logp[4].exp() - logp[0].exp())[tokens[t]].item())
-        losses.append(exact.item())
-        cuts.append(bool(loss != exact))
-        notes.append(describe(tokenizer, tokens[t], logp, exact.item(), cuts[-1]))
-    worst = sorted(range(len(notes)), key=lambda t: -losses[t])[:3]
-    marks = dict(zip(worst, "①②③"))
-    spans = []
-    for t, note in enumerate(notes):
-        colour = f"rgba({'0,114,178' if moves[t] > 0 else '230,97,0'},{abs(moves[t]):.3f})"
-        kind = ("w " if t in marks else "") + ("c" if cuts[t] else "")
-        text = tokenizer.decode([tokens[t]]).replace("\n", "↵\n")
-        spans.append(f'<span class="{kind}" style="background:{colour}" data-note="{escape(note)}">'
-                     f"{escape(text)}<small>{marks.get(t, '')}</small></span>")
-    brief = [first_token(tokenizer, head(states[:, 0]) / cfg.temperature)]
-    brief += [f"{mark} {notes[t]}" for t, mark in marks.items()]
+    logits = ogls.float32_head(model)(states)  # (5, T, V)
+    logp = (logits / cfg.temperature).log_softmax(-1)
+    loss, exact = ogls.divergences(logits[0], logits[4], cfg.kl, cfg.clip, cfg.temperature)  # (T,)
+    notes, spans = [], ""
+    for t, token in enumerate(tokens[: len(exact)]):
+        note = describe(tokenizer, token, logp[:, t])
+        notes.append(note + f"; divergence {exact[t]:.3f} nats, {loss[t]:.3f} as clipped")
+        move = (logp[4, t, token].exp() - logp[0, t, token].exp()).item()
+        colour = f"rgba({'0,114,178' if move > 0 else '230,97,0'},{abs(move):.3f})"
+        text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
+        spans += f'<span style="background:{colour}" title="{escape(notes[t])}">{text}</span>'
+    brief = [first_token(tokenizer, logp[:, 0])]
+    for t in exact.topk(min(3, len(exact))).indices.tolist():
+        brief.append(f"token {t + 1}: {notes[t]}")
     say(title + "\n" + "\n".join(brief))
-    return f"<h3>{title}</h3><p>{''.join(spans)}</p><pre>{escape(chr(10).join(brief))}</pre>"
+    return f"<h3>{title}</h3><p>{spans}</p><pre>{escape(chr(10).join(brief))}</pre>"
 
 
-def first_token(tokenizer, logits: Tensor) -> str:
+def first_token(tokenizer, logp: Tensor) -> str:
     """How each of the five (5, V) would begin: where a teacher decides to check or not."""
     names = ["student", "anchor, no guide", "shown right guides", "shown wrong guides", "steered"]
+    likely = logp[1:].amax(0).topk(3).indices.tolist()
     lines = []
-    p = logits.softmax(-1)  # (5, V)
-    likely = p[1:].amax(0).topk(3).indices.tolist()
-    for name, row in zip(names[1:], p[1:]):
+    for name, row in zip(names[1:], logp[1:].exp()):
         shares = [f"[{tokenizer.decode([i])}] {row[i]:.1%}" for i in likely]
         lines.append(f"first token, {name}: {', '.join(shares)}")
     return "\n".join(lines)
 
 
-def describe(tokenizer, token: int, logp: Tensor, exact: float, cut: bool) -> str:
+def describe(tokenizer, token: int, logp: Tensor) -> str:
     """A token in words.  logp: (5, V).  Delta also moves thousands of tokens that the teacher would
     never say; they are left out."""
     p = logp.exp()
     note = (f"[{tokenizer.decode([token])}] student {p[0, token]:.1%}, anchor {p[1, token]:.1%}, "
-            f"steered {p[4, token]:.1%}; divergence {exact:.3f} nats")
-    if cut:
-        note += ", cut by the clip"
-    change = logp[4] - logp[1]  # lambda Delta, up to the softmax's constant
-    likely = (p[[1, 4]].amax(0) > 0.01).nonzero()[:, 0].tolist()
-    for word, sign in [("raises", 1), ("lowers", -1)]:
-        moved = [i for i in likely if sign * change[i] > 0.05]
-        moved.sort(key=lambda i: -sign * change[i])
-        if moved:
-            shares = [f"[{tokenizer.decode([i])}] {p[1, i]:.0%} to {p[4, i]:.0%}" for i in moved[:4]]
-            note += f"\n   Delta {word} {', '.join(shares)}"
-    return note
+            f"steered {p[4, token]:.1%}")
+    moved = (p[4] - p[1]).abs().topk(3).indices.tolist()
+    shares = [f"[{tokenizer.decode([i])}] {p[1, i]:.0%} to {p[4, i]:.0%}" for i in moved]
+    return f"{note}; Delta moves {', '.join(shares)}"
 
 
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Steered target</title><style>
-body { font: 16px/1.5 sans-serif; max-width: 1000px; margin: 2em auto }
-h3 + p, pre { font-family: monospace; white-space: pre-wrap }
-h3 + p { line-height: 2.2; border: 1px solid #999; padding: .6em }
-span { border-bottom: 1px dotted #999 }
-.w { outline: 2px solid } .c { border-bottom: 4px double } i { padding: 0 1em }
-span:hover::after { content: attr(data-note); position: fixed; left: 0; right: 0; bottom: 0;
-  background: #fff; border: 2px solid; padding: 1em; line-height: 1.4; white-space: pre-wrap }
-</style><h1>Inside the steered target</h1>
-<p>The <b>student</b> wrote the rollouts below. At every token the teacher says what it would write:
-alone (the <b>anchor</b>) and <b>steered</b> by lambda Delta; Delta is what changes when right
-solutions (positive guides) stand in its prompt in place of wrong ones (negative). On wrong rollouts
-training pulls the student to the steered teacher.</p><p>Colour: steered probability of the token
-less the student's <i style="background:linear-gradient(90deg,rgb(230,97,0),#fff,rgb(0,114,178))">-1
-avoid &emsp; 0 &emsp; prefer +1</i><br>Framed: the three largest divergences. Double underline: cut
-by the clip. Point at a token for its figures.</p>"""
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Steered target</title>
+<style>body { font: 16px/1.5 sans-serif; max-width: 1000px; margin: 2em auto }
+h3 + p, pre { font-family: monospace; white-space: pre-wrap } h3 + p { line-height: 2 }
+h3 + p span { border-bottom: 1px dotted #999 }</style><h1>Inside the steered target</h1>
+<p>The <b>student</b> wrote the rollouts below.  At every token the teacher says what it would
+write: alone (the <b>anchor</b>) and <b>steered</b> by lambda Delta, which is what changes when
+right solutions stand in its prompt in place of wrong ones.  On wrong rollouts training pulls the
+student to the steered teacher.</p><p>Blue: the steered teacher finds the token likelier than the
+student does; orange: less likely.  Point at a token for its figures.</p>"""
 
 
 # ==== The paper's appendix A: --premise ===========================================================
@@ -989,8 +961,8 @@ def word_problem(rng: random.Random) -> dict[str, str]:
     """Two products and their sum, with a short written solution."""
     name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
     thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
-    boxes, in_box = rng.randint(3, 9), rng.randint(23, 89)
-    bags, in_bag = rng.randint(3, 9), rng.randint(12, 29)
+    boxes, in_box = rng.randint(12, 19), rng.randint(13, 39)
+    bags, in_bag = rng.randint(6, 12), rng.randint(13, 39)
     first, second = boxes * in_box, bags * in_bag
     return {
         "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {bags} bags with "

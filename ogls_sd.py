@@ -391,7 +391,7 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
 
 
 def read_rows(source: str, prefer: str) -> list:
-    """Rows of a local file or a hub set.  Files are not left to datasets, whose cache can be old."""
+    """Rows of a local file or hub set.  Files go past datasets, whose cache of them can be old."""
     path = Path(source)
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
@@ -417,7 +417,7 @@ def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], in
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             problems.append(read_row(row))
     if not problems:
-        raise UserError(f"--data {source}: of {len(rows)} rows none has a problem (or question) and "
+        raise UserError(f"--data {source}: none of {len(rows)} rows has a problem or question and "
                         "an answer (text or number), or a solution with its answer in \\boxed{}")
     return problems, len(rows) - len(problems)
 
@@ -548,7 +548,8 @@ def load_model(cfg: Config) -> nn.Module:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if not lora_layers(model):
             raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
-        # On a CPU, PyTorch would copy W once a row for the slice of states that generate begins with.
+        # On a CPU, PyTorch would copy W for each row of the slice of states that generate begins
+        # with.
         head = model.get_output_embeddings()
         head.register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
@@ -1066,9 +1067,10 @@ def choose_problems(cfg: Config, tokenizer) -> list[Problem]:
             fit.append(problem)
     solved = sum(problem.solution != "" for problem in fit)
     as_text = [problem.answer for problem in fit if not comparable(problem.answer)]
-    say(f"data: {len(fit)} problems, {solved} with a solution; dropped: {unusable} without question "
-        f"or answer, {len(problems) - len(fit)} too long")
-    say(f"answers that can be compared as text only: {len(as_text)} {as_text[:3]}")
+    say(f"data: {len(fit)} problems, {solved} with a solution; dropped: {unusable} without a "
+        f"question or an answer, {len(problems) - len(fit)} too long")
+    if as_text:
+        say(f"{len(as_text)} answers can be compared as text only, such as {as_text[:3]}")
     if not fit:
         raise UserError(f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}")
     if cfg.method in ("opsd", "sft") and not solved:
@@ -1196,145 +1198,131 @@ def main(argv: list[str]) -> int:
 
 # ==== 7. Checker: an appendix with a door =========================================================
 # Stop here if grade(response, gold) -> bool, r_j of eq. (5), is all you need.
-#
-# An answer is tidied by the rules below, cut into tokens and read into values; nothing is executed.
-# A variable stands for six fixed numbers, three of each sign, and sympy computes with those while
-# the text is read, exactly as long as the numbers are rational.  Conventions, each of them a test:
+# An answer is tidied by RULES, cut into tokens and read into values; nothing is executed.  A letter
+# stands for six fixed numbers, three of each sign, and sympy computes with those while the text is
+# read, exactly as long as they are rational.  Conventions, each of them a test:
 # - 1/3 is not 0.3333; 28 \% is 28 or 0.28; 12,345 is one number; 1\frac45 is 9/5; 1 \pm 2 is a list
 # - lists, sets and unions have no order, tuples, ratios and matrices have one; 3:4 is 3/4
 # - 1 < x < 2 is (1, 2), and (1, 2) is not [1, 2]; x = 5 is 5, but not y = 5, nor is 2x = 5 one
 # - equations are equal up to a factor, inequalities up to a positive one
 # - a text after a number is a unit and counts for nothing; other texts are names, in any case
 # - (B) 7 is B or 7; what cannot be read is equal as text only
-
 MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000  # of an answer, a list, an exact number
 DIGITS, LARGEST, ROUNDING = 200, sympy.Integer(10**60), 1e-120  # of numbers that are not exact
 LOCK = threading.Lock()  # sympy sets mpmath's global precision while it evaluates a function
-
-GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # {...} with one level of braces inside
-NO_UNIT = (r"(?!\W*(?:(?i:am|pm|a\.m|p\.m|hundred|thousand|[mb]illion|dozen|is|not|or|and)|"
-           r"[ieNS])\b)")
-FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|sqrt)"
+FUNCTION = r"(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt)"
+NO_UNIT = (r"(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|[mb]illion|dozen|is|not|or|and)|[ieNS])\b)")
 
 
-def repeating(match: re.Match) -> str:
-    """0.1\\overline{6} as a fraction: (16 - 1)/90."""
-    whole, head, tail = match.groups()
-    numerator = int(whole + head + tail) - int(whole + head)
-    return f"({numerator}/{10 ** len(head + tail) - 10 ** len(head)})"
-
-
-def word(match: re.Match) -> str:
-    """The inside of \\text{...} as one name; a formula in it, such as 12 cm, stays one."""
-    text = match[1].strip(" ,;:~")
-    if not text or re.match(r"[-+]?[\d\\$(]", text) or re.fullmatch(r"[a-zA-Z]\W?|\(?[A-J]\W.*", text):
-        return f" {match[1]} "
+def name_in(match: re.Match) -> str:
+    """The inside of a text as one name; a formula, a letter or a choice such as (B) 7 stays one."""
+    text = match[1].strip(" ,;:")
+    if not text or re.match(r"[-+]?[\d\\$(]|.\W?$|\(?[A-J]\W", text):
+        return f" {text} "
     return f" ⟨{text.lower().replace('.', '')}⟩ "
 
 
-# In this order, each with what it is there for.
+def plain_word(match: re.Match) -> str:
+    return f" ⟨{match[1].lower()}⟩ "
+
+
+def repeating(match: re.Match) -> str:
+    """0.1666... as a fraction: (16 - 1)/90."""
+    whole, head, tail = match.groups()
+    numerator = int(whole + head + tail) - int("0" + whole + head)
+    return f"({numerator}/{10 ** len(head + tail) - 10 ** len(head)})"
+
+
+# In this order, each with an example of what it is for; spaces at the ends go before each.
 RULES = [
-    (r"(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # 12,\! 345
-    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|!)(?![a-zA-Z])|\\[()\[\]]", ""),
-    (r"\\begin\s*\{cases\}|\\end\s*\{cases\}", ""),
+    (r"(?<!\\)[\s.,;]+$", ""),  # 5.
+    (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
+    (r"\\\\(?=\s*(?:\\end|$))|\\(?:begin|end)\s*\{cases\}", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-z])|\\!|(?<!\\)\\[()\[\]]", ""),
+    (r"\\\\|;(?<!\\;)|\\cup|∪", " , "),
+    (r"\\q?quad(?![a-z])|\\[,;: ]|~|\\?\$|[€£]", " "),
+    (r"\\(?:mbox|text(?:bf|it|rm|normal)?|mathrm|operatorname\*?)(?![a-z])", r"\\text"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\d?binom", r"\\binom"),
+    (r"\\lbrace", r"\\{"),
+    (r"\\rbrace", r"\\}"),
+    (r"\\leq?(?:slant)?(?![a-z])|<=", "≤"),
+    (r"\\geq?(?:slant)?(?![a-z])|>=", "≥"),
+    (r"\\neq?(?![a-z])|!=", "≠"),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\in(?![a-z])|∈", "="),  # x ∈ [1, 2]
+    (r"[−–—]", "-"),
+    (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"),
+    (r"\\div(?![a-z])|[÷⁄]", "/"),
+    (r"\\pm(?![a-z])", "±"),
+    (r"\\(?:circ|degree)(?![a-z])", "°"),
+    (r"\\pi(?![a-z])", "π"),
+    (r"\\infty(?![a-z])", "∞"),
+    (r"\\[lc]?dots(?![a-z])|\.\.\.", "…"),
+    (r"\\[lr]?vert(?![a-z])", "|"),
+    (r"\\approx(?![a-z])", "≈"),
+    (r"\\%", "%"),
+    (r"√", r"\\sqrt"),
+    (r"&", ":"),
     (r"\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
-    (r"\\\\(?=\s*(?:\\end|$))", ""),
-    (r"\\\\|\\cup|∪", " , "),
-    (r"\\(?:quad|qquad|[,;: ~])|~|\$|\\\$|[€£]", " "),  # \$5, 5\,000
-    (r";", " , "),
-    (r"\\pi(?![a-z])|(?<![a-zA-Z])pi(?![a-zA-Z])", "π"),
-    (r"\\(?:dis|d|t|c)?frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\[dt]binom", r"\\binom"),
-    (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),  # {10 \choose 3}
-    (r"(?<![\\\w])C_(\w|\{\w+\})\^(\w|" + GROUP + ")", r"\\binom{\1}{\2}"),  # C_n^3
-    (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}", ""),
-    (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),  # {\rm cm}
-    (r"\\(?:mathbf|boldsymbol|bm|mathbb|mathcal|mathit|vec|overrightarrow)\s*(?:\{(\w)\}|(\w))",
-     r" \1\2 "),  # \mathbf{x}
-    (r"\*\*(\S+)\*\*", r"\1"),  # **17**
-    (r"\\(?:mathrm|operatorname\*?)\s*\{\s*(?:tg|tan)\s*\}", r"\\tan "),
-    (r"\\(?:mathrm|operatorname\*?)\s*\{\s*ctg\s*\}", r"\\cot "),
-    (r"\\(?:mathrm|operatorname\*?)\s*\{\s*(" + FUNCTION + r")\s*\}", r"\\\1 "),
-    (r"\\(?:mbox|text(?:bf|it|rm|normal|sf)?|mathrm|mathbf|operatorname\*?|textnormal)(?![a-z])",
-     r"\\text"),
-    (r"\\text\s*\{\s*e\s*\}", "e"),  # \mathrm{e}
-    (r"[,;]?\s*\\text\s*\{\s*(?:for|where)\b.*$", ""),  # x > 1 \text{ for all } n
-    (r"\\text\s*\{[^{}]*:\s*\}(?=\s*\S)", ""),  # \text{Answer: } 5
-    (r"^\s*(?:\\text\s*\{\s*)?(?i:yes)\s*[,.;:].*$", "⟨yes⟩"),  # Yes, one can
-    (r"^\s*(?:\\text\s*\{\s*)?(?i:no)\s*[,.;:].*$", "⟨no⟩"),
+    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
+    (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
+    (r"(?<![\\\w])C_(\w|\{\w+\})\s*\^\s*(\w|\{(?:[^{}]|\{[^{}]*\})*\})", r"\\binom{\1}{\2}"),
+    (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}|\*\*", ""),  # **17**
+    (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+    (r"\\(?:math(?:bf|bb|cal|it)|boldsymbol|vec)\s*(?:\{([^{}]*)\}|(\w))", r" \1\2 "),
+    (r"\\text\s*\{\s*(?:tg|(?=c)c(?=tg)|)(" + FUNCTION + r"|tg)\s*\}", r"\\\1 "),
+    (r"\\tg", r"\\tan"),
+    (r"[,;]?\s*\\text\s*\{\s*(?:for|where)\b.*$|\\text\s*\{[^{}]*:\s*\}(?=\s*\S)", ""),
+    (r"^(?:\\text\s*\{\s*)?(?i:yes)\s*[,.].*$", "⟨yes⟩"),  # Yes, one can
+    (r"^(?:\\text\s*\{\s*)?(?i:no)\s*[,.].*$", "⟨no⟩"),
     (r"(?:,\s*)?\\text\s*\{([^{}]*?),?\s*\b(?:and|or)\s*\}", r"\\text{\1} , "),
     (r"(?:,\s*)?\b(?:and|or)\b(?=\s*(?:[-\d\\({]|[a-zA-Z]\b))", " , "),
     (r"(?<=[\d)}!°π])" + NO_UNIT + r"(?:[\s/]*\\text\s*" + NO_UNIT.replace(r"\W*", r"\{\W*")
      + r"\{[^{}\d]*(?:\^?\{?[23]?\}?)*\}(?:\s*\^\s*\{?[23]\}?)?)+", ""),  # 5 \text{ cm}^2
-    (r"\\text\s*" + GROUP, word),
-    (r"(?<=\d)\s*(?:" + NO_UNIT + r"(?!\s*\\?" + FUNCTION + r")/?\s*\b_?(?:[ckm]m|kg|ft|mph|h|s|"
-     r"[a-z]{3,})\b(?:\^\{?[23]\}?)?\s*)+(?![({])", " "),  # 7 men, 65 km/h
-    (r"(?<=\d)\s*(?:[ckm]m|kg|[\u4e00-\u9fff]+)(?![a-zA-Z])", ""),  # 24cm
-    (r"⟨(?:no (?:real )?solutions?|(?:the )?empty set|none)⟩|\\emptyset|\\varnothing|\\\{\s*\\\}",
-     "⟨empty⟩"),
-    (r"⟨all real numbers⟩|(?<=[∈\s]) ?R ?$|\\Re$|^ ?R ?$", "(-∞,∞)"),
-    (r"(?<![\\a-zA-Z⟨])([A-Za-z]{4,}|[yY]es|[nN]o)(?![a-zA-Z⟩])(?![^⟨]*⟩)",
-     lambda match: f" ⟨{match[1].lower()}⟩ "),
-    (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", repeating),  # 0.1\overline{6}
-    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|,(?=\d{3}(?!\d))|\s)(?=\d{3}(?!\d))(?!.*[(\[])", ""),  # 12{,}345
-    (r"\\(?:approx|simeq)|≈|≃", "≈"),
-    (r"(?<=\S)\s*≈.*$", ""),  # x = 1/4 ≈ 0.3
-    (r"&", ":"),
-    (r"\\[lb]race(?![a-z])", r"\\{"),
-    (r"\\rbrace(?![a-z])", r"\\}"),
-    (r"\\(?:leq?|leqslant)(?![a-z])|<=", "≤"),
-    (r"\\(?:geq?|geqslant)(?![a-z])|>=", "≥"),
-    (r"\\(?:neq?)(?![a-z])|!=", "≠"),
-    (r"\\lt(?![a-z])", "<"),
-    (r"\\gt(?![a-z])", ">"),
-    (r"\\in(?![a-z])|∈", "="),  # x \in [1, 2]
-    (r"[−–—]", "-"),
-    (r"\\(?:cdot|times|ast)(?![a-z])|[×·⋅∙]|\*\*?(?=\w)", "*"),
-    (r"\\div(?![a-z])|[÷⁄]", "/"),
-    (r"\\pm(?![a-z])", "±"),
-    (r"\\(?:circ|degree)(?![a-z])|⟨degrees?⟩", "°"),
-    (r"\+?\\infty(?![a-z])|\+∞", "∞"),
-    (r"\\(?:dots|ldots|cdots)(?![a-z])|\.\.\.", "…"),
-    (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
-    (r"\\%|⟨percent⟩|\bpercent\b|\bpct\b", "%"),
+    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", name_in),
+    (r"(?<=\d)\s*(?:" + NO_UNIT + r"(?!\s*\\?" + FUNCTION + r")/?\s*(?:\b|(?<=\d))(?:[ckm]m|kg|"
+     r"ft|h|s|[a-z]{3,}|[一-鿿]+)\b(?:\^\{?[23]\}?)?\s*)+(?![({])", " "),  # 7 men, 65 km/h, 24cm
+    (r"⟨no (?:real )?solutions?⟩|\\emptyset|\\varnothing|\\\{\s*\\\}", "⟨empty⟩"),
+    (r"⟨all real numbers⟩|^R$|(?<== )R$", "(-∞,∞)"),
+    (r"(?<![\\a-zA-Z⟨])([A-Za-z]{4,}|[yY]es|[nN]o)(?![a-zA-Z⟩])(?![^⟨]*⟩)", plain_word),
+    (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", repeating),
+    (r"(?<=\d)(?:,|\s)(?=\d{3}(?!\d))(?!.*[(\[])", ""),  # 12,345
+    (r"(?<=\S)\s*≈.*$|\\p?mod(?![a-z]).*$", ""),  # x = 1/4 ≈ 0.3
     (r"\\(?:angle|widehat)\s*\{?\s*([A-Z]+)\s*\}?", r"⟨∠\1⟩"),
-    (r"\\triangle\s*\{?\s*([A-Z]+)\s*\}?", r"⟨△\1⟩"),
-    (r"\\(?:angle|overline|bar|hat)(?![a-z])\s*", ""),
-    (r"\\p?mod(?![a-z]).*$", ""),  # 3 \pmod 7
-    (r"\\exp(?![a-z])|(?<![a-zA-Z\\])exp(?=\s*\()", "e^"),
-    (r"√|(?<![\\a-zA-Z])sqrt", r"\\sqrt"),
-    (r"(?<![\\a-zA-Z])(" + FUNCTION + r")(?![a-zA-Z])", r"\\\1"),
-    (r"\\lg(?![a-z])", r"\\log"),
+    (r"\\(?:triangle|angle|overline|bar|hat)(?![a-z])\s*", ""),
+    (r"⟨percent⟩|\bpercent\b", "%"),
+    (r"(?<![\\a-zA-Z])(pi(?![a-z])|" + FUNCTION + r"(?![a-zA-Z]))", r"\\\1"),  # sin x
+    (r"\\pi(?![a-z])", "π"),
+    (r"\\exp", "e^"),
+    (r"\\lg", r"\\log"),
     (r"\\(sin|cos|tan)\s*\^\s*\{?\s*-\s*1\s*\}?", r"\\arc\1"),
     (r"\\lfloor(.+?)\\rfloor", r"\\floor(\1)"),
-    (r"^\s*\|(\w)\|\s*([<≤])\s*(\w+)$", r"-\3 \2 \1 \2 \3"),  # |x| < 3
+    (r"^\|(\w)\|\s*([<≤])\s*(\w+)$", r"-\3 \2 \1 \2 \3"),  # |x| < 3
     (r"\|([^|]+)\|", r"\\Abs(\1)"),
-    (r"^\]", "("),  # ]0, 1[
-    (r"\[$", ")"),
+    (r"^\](.*,.*)\[$", r"(\1)"),  # ]0, 1[
     (r"\\sqrt\s*\[([^\]]+)\]", r"\\power{1/(\1)}"),
     (r"\\sqrt", r"\\power{1/2}"),
-    (r"(\\" + FUNCTION + r"[^a-z°,]*?)\s*\^?\s*\{?\s*°\s*\}?", r"\1(π/180)"),  # \sin 30^\circ
+    (r"(\\" + FUNCTION + r"[^a-z°,]*?)\s*\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?", r"\1(π/180)"),
     (r"(\\" + FUNCTION + r")\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),  # \sin^2 x
     (r"\\log\s*_\s*(\w|\{[^{}]*\})", r"\\product{1/\\ln \1}\\ln "),  # \log_2 x
     (r"\\log", r"\\product{1/\\ln 10}\\ln "),
-    (r"\^?\s*\{?\s*°\s*\}?", "°"),
+    (r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?", "°"),
     (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)"),
+    (r"(?<!\\)[\s.,;]+$|^=", ""),
 ]
-
-
 TOKEN = re.compile(
     r"⟨[^⟩]*⟩|(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fg]\([^()]*\)|"
     r"(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
     r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": sympy.Rational(1, 100),
-             "°": sympy.Integer(1)}
+             "°": sympy.S(1)}
 FUNCTIONS = {
     r"\sin": sympy.sin, r"\cos": sympy.cos, r"\tan": sympy.tan, r"\cot": sympy.cot,
     r"\sec": sympy.sec, r"\csc": sympy.csc, r"\arcsin": sympy.asin, r"\arccos": sympy.acos,
     r"\arctan": sympy.atan, r"\sinh": sympy.sinh, r"\cosh": sympy.cosh, r"\tanh": sympy.tanh,
-    r"\ln": sympy.ln, r"\Abs": sympy.Abs,
-    r"\floor": sympy.asinh}  # any function that nobody writes: floors are equal if what they hold is
+    r"\ln": sympy.ln, r"\Abs": sympy.Abs, r"\floor": sympy.asinh}  # nobody writes it
 OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
               "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
 TWO_GROUPS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
@@ -1344,311 +1332,6 @@ END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
 LEVELS = {")": END, "]": END, "}": END, r"\}": END, r"\end": END, ",": LIST, "=": RELATION,
           "<": RELATION, ">": RELATION, "≤": RELATION, "≥": RELATION, "≠": RELATION, ":": RATIO,
           "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
-
-
-@dataclass(frozen=True)
-class Value:
-    kind: str  # "" a number; else a list ",", ratio ":", brackets "(]", relation "<≤"
-    parts: tuple  # a number's value at each sample point; else Values
-    name: bool = False  # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
-
-
-def tidy(text: str) -> str:
-    """One spelling for what can be written in many ways."""
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
-    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text)
-    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
-    text = unicodedata.normalize("NFKC", text)
-    if len(text) > MAX_CHARS:
-        return text
-    for pattern, new in RULES:
-        text = re.sub(pattern, new, text.strip())
-    return text.strip().rstrip(".,; ").removeprefix("=").strip()
-
-
-def tokenise(text: str) -> list[str]:
-    """Numbers, names, commands and signs; an answer with ± becomes a list of two."""
-    if "±" in text:
-        text = text.replace("±", "+") + "," + text.replace("±", "-")
-    tokens = []
-    for token in TOKEN.findall(text):
-        is_index = len(token) > 2 and token[0] != "⟨"
-        tokens.append(re.sub(r"[{}\s]", "", token) if is_index else token)
-    return tokens
-
-
-@lru_cache(1000)  # a constant is the same at every sample point
-def compute(sign: str, *args: sympy.Expr) -> sympy.Expr:
-    """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
-    function = OPERATIONS[sign]
-    if all(x.is_Rational for x in args):
-        times = sympy.Integer(1) if sign in "+-*/" else abs(args[-1])
-        bits = times * sum((x.p * x.q).bit_length() for x in args)
-        if sign == "^" and args[0] < 0 and args[1].q % 2 and args[1].q > 1:  # an odd root is real
-            root = compute("^", -args[0], args[1])
-            return -root if args[1].p % 2 else root
-        if times.is_Integer and bits <= MAX_BITS:
-            number = function(*args)
-            if number.is_Rational:
-                return number
-    for x in args:
-        size = sum(map(abs, x.as_real_imag()))
-        if size and not 1 / LARGEST <= size <= LARGEST:
-            raise OverflowError("out of range")
-    numbers = [x.evalf(DIGITS) for x in args]
-    return function(*numbers).evalf(DIGITS, chop=sign != "^" and ROUNDING)
-
-
-def apply(sign: str, *sides: Value) -> Value:
-    """An operation on numbers at every sample point; else a list or the like, made longer."""
-    if sign in OPERATIONS:
-        numbers = []
-        for point in range(6):
-            numbers.append(compute(sign, *[side.parts[point] for side in sides]))
-        named = sign not in "+-" and all(side.name for side in sides)
-        return Value("", tuple(numbers), named)
-    if sign in (">", "≥"):
-        return apply("<" if sign == ">" else "≤", *reversed(sides))
-    parts, signs = (), []
-    for side in sides:
-        if side.kind and LEVELS.get(side.kind[0]) == LEVELS[sign]:  # a longer list or relation
-            parts += side.parts
-            signs.append(side.kind)
-        else:
-            parts += (side,)
-            signs.append("")
-    kind = signs[0] + sign + signs[1] if LEVELS[sign] == RELATION else sign
-    return Value(kind, parts, all(part.name for part in parts))
-
-
-def read(tokens: list[str]) -> Value:
-    """Recursive descent: `expression` takes tokens from the end of `rest`."""
-    rest = [r"\end", *reversed(tokens)]
-    value = expression(rest, LIST)
-    if rest != [r"\end"]:
-        raise ValueError("more after the answer")
-    return value
-
-
-def expression(rest: list[str], level: int = ATOM) -> Value:
-    """The longest expression whose operators bind at least as tightly as `level`."""
-    value = first_part(rest, level)
-    while True:
-        following = rest[-1]
-        binds = LEVELS.get(following, SIDE_BY_SIDE)
-        if following in TWO_GROUPS or following in FUNCTIONS:
-            binds = PRODUCT
-        if binds < level or binds == END:
-            return value
-        if re.match(r"[\d.]|⟨", following):
-            raise ValueError("a number or word after a value: 5 million")
-        sign = rest.pop() if following in LEVELS else "*"
-        if sign == "!":
-            value = apply(sign, value)
-            continue
-        right_level = POWER if sign in ("*", "/") else LEVELS[sign] + 1
-        value = apply(sign, value, expression(rest, right_level))
-
-
-def first_part(rest: list[str], level: int) -> Value:
-    """A signed or bracketed expression, a function of one, a number or a name."""
-    token = rest.pop()
-    if token in ("+", "-"):  # -2^2 is -(2^2), but x^-2y is x^{-2} y
-        return apply(token, number(sympy.Integer(0)), expression(rest, max(level, PRODUCT)))
-    if token in ("(", "[", "{", r"\{", r"\begin"):
-        value, closing = expression(rest, LIST), rest.pop()
-        if value.kind == "," and "{" not in token:
-            value = replace(value, kind=token + closing)
-        return value
-    if token in FUNCTIONS:
-        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
-    if token in TWO_GROUPS:  # \power{n}{x} is x^n
-        sides = [expression(rest), expression(rest)]
-        if token == r"\power":
-            sides.reverse()
-        return apply(TWO_GROUPS[token], *sides)
-    if token in CONSTANTS:
-        return number(CONSTANTS[token])
-    if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", token, re.I):
-        return number(sympy.Rational(token))
-    if re.match(r"[^\W_]|[…∞]|⟨|\\[a-zA-Z]*(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|"
-                r"kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|ell)$", token, re.I):
-        rng = random.Random(token.replace("var", ""))
-        signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
-        values = [sympy.Rational(sign * rng.randint(400, 1400), 500) for sign in signs]
-        return Value("", tuple(values), True)
-    raise ValueError(token)
-
-
-def number(value: sympy.Expr) -> Value:
-    return Value("", (value,) * 6)
-
-
-def unwrap(value: Value) -> Value:
-    """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
-    if value.kind in ("<", "≤"):  # one end is at infinity
-        infinity = read(["∞"])
-        if value.parts[0].name:
-            value = apply("<", apply("-", number(sympy.Integer(0)), infinity), value)
-        else:
-            value = apply("<", value, infinity)
-    if value.kind in INTERVALS and value.parts[1].name:
-        return Value(INTERVALS[value.kind], value.parts[::2])
-    if value.kind == "=" and value.parts[0].name:
-        return value.parts[1]
-    return value
-
-
-def same(x: Value, y: Value) -> bool:
-    """Equality of two values by the conventions at the top."""
-    if x.kind != y.kind:
-        for one, other in ((x, y), (y, x)):
-            if one.kind == ":" and len(one.parts) == 2 and other.kind == "":
-                return same(apply("/", *one.parts), other)  # 3:4 is 3/4
-            assigned = one.kind == "," and all(part.kind == "=" for part in one.parts)
-            if assigned and other.kind == "()":  # x = 1, y = 2 is (1, 2)
-                return same(Value("()", tuple(map(unwrap, one.parts))), other)
-        x, y = unwrap(x), unwrap(y)
-    if x.kind != y.kind:
-        return False
-    if x.kind == "":
-        return all(compute("-", a, b) == 0 for a, b in zip(x.parts, y.parts))
-    if x.kind in ("=", "≠", "<", "≤") and not any(part.kind for part in x.parts + y.parts):
-        ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
-        constant = all(compute("-", ratio, ratios[0]) == 0 for ratio in ratios)
-        return constant and bool(ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive)
-    if x.kind == "," and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
-        for one, other in ((x, y), (y, x)):
-            for part in one.parts:
-                if not any(same(part, candidate) for candidate in other.parts):
-                    return False
-        return True
-    return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
-
-
-def choice(text: str) -> tuple[str, str]:
-    """The letter of a choice such as B, (B), B. 7 or (B) 7, and what stands behind it."""
-    match = re.fullmatch(r"\(?([A-J])\)?|\(([A-J])\)\s*(.+)|([A-J])\s*[.):]\s*(.+)", text)
-    if not match:
-        return "", text
-    return match[1] or match[2] or match[4], match[3] or match[5] or ""
-
-
-def right_side(text: str) -> str:
-    """What follows the last = of an equation whose left side is what was asked for; else ""."""
-    depth, signs, last = 0, 0, -1
-    for i, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and character in "<>≤≥≠,":
-            return ""
-        if depth == 0 and character == "=":
-            last = i
-        signs += depth == 0 and last < 0 and character in "+-" and text[:i].strip() != ""
-    if last < 0:
-        return ""
-    left = text[: text.index("=")].strip()
-    symbols = re.sub(r"\\[a-zA-Z]+", "", text)
-    is_number = not re.search(r"[a-zA-Zα-ορ-ω⟨]", symbols)
-    is_series = "…" in left or re.match(r"\\(?:sum|lim|int|prod|max|min)(?![a-z])", left)
-    is_name = not signs and not re.match(r"\d|[a-z]\s*\^", left)
-    return text[last + 1 :].strip() if is_number or is_series or is_name else ""
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""What the last closed \boxed{...} or \fbox{...} that is not empty holds, in one pass."""
-    opened, last = [], ""
-    hidden = re.sub(r"\\[\\{}]", "..", text)  # of the same length
-    for match in re.finditer(r"(\\f?boxed\s*|\\fbox\s*)?\{|\}|\\boxed\s+(-?[\d.,/]*\d)", hidden):
-        if match[2]:
-            last = match[2]
-        elif match[0] != "}":
-            opened.append(match)
-        elif opened:
-            start = opened.pop()
-            if start[1]:
-                last = text[start.end() : match.start()].strip() or last
-    return last or None
-
-
-def same_text(a: str, b: str) -> bool:
-    """Apart from spaces and marks of names."""
-    strip = str.maketrans("", "", " {}⟨⟩")
-    return a.translate(strip) == b.translate(strip) != ""
-
-
-def same_value(a: str, b: str) -> bool:
-    """Do two tidy texts have the same value?  False for what cannot be read."""
-    if same_text(a, b):
-        return True
-    if max(len(a), len(b)) > 2 * MAX_CHARS:
-        return False
-    with contextlib.suppress(Exception):  # any text: unreadable, too deep, too large
-        x, y = tokenise(a), tokenise(b)
-        if same(read(x), read(y)):
-            return True
-        if ("%" in x) != ("%" in y):  # 28 \% is 28 as well
-            x, y = [token for token in x if token != "%"], [token for token in y if token != "%"]
-            return same(read(x), read(y))
-    return False
-
-
-def same_answer(a: str, b: str) -> bool:
-    """Are two bare answers equal, by the conventions at the top of this section?"""
-    if max(len(a), len(b)) > MAX_CHARS:
-        return a.strip() == b.strip() != ""
-    with LOCK:
-        a, b = tidy(a), tidy(b)
-        (letter, a_rest), (other_letter, b_rest) = choice(a), choice(b)
-        if letter and other_letter:
-            return letter == other_letter
-        if letter or other_letter:
-            return same_value(a_rest or a, b_rest or b)
-        if same_value(a, b):
-            return True
-        a_right, b_right = right_side(a), right_side(b)
-        if bool(a_right) != bool(b_right):
-            return same_value(a_right or a, b_right or b)
-        return False
-
-
-def grade(response: str, gold: str) -> bool:
-    r"""Reward: does the last \boxed{...} of the response hold the gold answer?"""
-    return same_answer(extract_boxed(response) or "", str(gold))
-
-
-def comparable(gold: str) -> bool:
-    """False: this gold answer can be compared as text only."""
-    with LOCK, contextlib.suppress(Exception):
-        text = tidy(gold)
-        read(tokenise(right_side(text) or choice(text)[1] or "0"))
-        return True
-    return False
-
-
-TOKEN = re.compile(
-    r"⟨[^⟩]*⟩|(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fg]\([^()]*\)|"
-    r"(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
-    r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
-CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": sympy.Rational(1, 100),
-             "°": sympy.Integer(1)}
-FUNCTIONS = {
-    r"\sin": sympy.sin, r"\cos": sympy.cos, r"\tan": sympy.tan, r"\cot": sympy.cot,
-    r"\sec": sympy.sec, r"\csc": sympy.csc, r"\arcsin": sympy.asin, r"\arccos": sympy.acos,
-    r"\arctan": sympy.atan, r"\sinh": sympy.sinh, r"\cosh": sympy.cosh, r"\tanh": sympy.tanh,
-    r"\ln": sympy.ln, r"\Abs": sympy.Abs,
-    r"\floor": sympy.asinh}  # any function that nobody writes: floors are equal if what they hold is
-OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
-              "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
-TWO_GROUPS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
-INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
-# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
-END, LIST, RELATION, RATIO, SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(9)
-LEVELS = {")": END, "]": END, "}": END, r"\}": END, r"\end": END, ",": LIST, "=": RELATION,
-          "<": RELATION, ">": RELATION, "≤": RELATION, "≥": RELATION, "≠": RELATION, ":": RATIO,
-          "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
-
-
-END_OF_SENTENCE = (r"(?<!\\)[\s.,;]+$", "")
 
 
 @dataclass(frozen=True)
@@ -1662,68 +1345,57 @@ def tidy(text: str) -> str:
     """One spelling for what can be written in many ways; an error if it is too long."""
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
     text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text)
-    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", re.sub("[₀-₉]+", r"_{\g<0>}", text))
     if len(text) > MAX_CHARS:
         raise ValueError("too long")
-    for pattern, new in [END_OF_SENTENCE, *RULES, END_OF_SENTENCE]:
+    for pattern, new in RULES:
         text = re.sub(pattern, new, text.strip())
-    return text.removeprefix("=").strip()
+    return text.strip()
 
 
 def tokenise(text: str) -> list[str]:
     """Numbers, names, commands and signs; an answer with ± becomes a list of two."""
     if "±" in text:
         text = text.replace("±", "+") + "," + text.replace("±", "-")
-    tokens = []
-    for token in TOKEN.findall(text):
-        is_index = len(token) > 2 and token[0] != "⟨"
-        tokens.append(re.sub(r"[{}\s]", "", token) if is_index else token)
-    return tokens
+    tokens = TOKEN.findall(text)
+    return [re.sub(r"[{}\s]", "", t) if len(t) > 2 and t[0] != "⟨" else t for t in tokens]
 
 
 @lru_cache(1000)  # a constant is the same at every sample point
 def compute(sign: str, *args: sympy.Expr) -> sympy.Expr:
     """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
-    function = OPERATIONS[sign]
     if all(x.is_Rational for x in args):
+        if sign == "^" and args[0] < 0 and args[1].q > 1 and args[1].q % 2:  # an odd root is real
+            return (-1) ** args[1].p * compute("^", -args[0], args[1])
         times = sympy.Integer(1) if sign in "+-*/" else abs(args[-1])
         bits = times * sum((x.p * x.q).bit_length() for x in args)
-        if sign == "^" and args[0] < 0 and args[1].q % 2 and args[1].q > 1:  # an odd root is real
-            root = compute("^", -args[0], args[1])
-            return -root if args[1].p % 2 else root
         if times.is_Integer and bits <= MAX_BITS:
-            number = function(*args)
+            number = OPERATIONS[sign](*args)
             if number.is_Rational:
                 return number
     for x in args:
         size = sum(map(abs, x.as_real_imag()))
         if size and not 1 / LARGEST <= size <= LARGEST:
             raise OverflowError("out of range")
-    numbers = [x.evalf(DIGITS) for x in args]
-    return function(*numbers).evalf(DIGITS, chop=sign != "^" and ROUNDING)
+    args = [x.evalf(DIGITS) for x in args]
+    return OPERATIONS[sign](*args).evalf(DIGITS, chop=sign != "^" and ROUNDING)
 
 
 def apply(sign: str, *sides: Value) -> Value:
     """An operation on numbers at every sample point; else a list or the like, made longer."""
     if sign in OPERATIONS:
-        numbers = []
-        for point in range(6):
-            numbers.append(compute(sign, *[side.parts[point] for side in sides]))
+        points = zip(*[side.parts for side in sides], strict=True)
         named = sign not in "+-" and all(side.name for side in sides)
-        return Value("", tuple(numbers), named)
+        return Value("", tuple(compute(sign, *point) for point in points), named)
     if sign in (">", "≥"):
         return apply("<" if sign == ">" else "≤", *reversed(sides))
-    parts, signs = (), []
+    parts, kind = (), ""
     for side in sides:
-        if side.kind and LEVELS.get(side.kind[0]) == LEVELS[sign]:  # a longer list or relation
-            parts += side.parts
-            signs.append(side.kind)
-        else:
-            parts += (side,)
-            signs.append("")
-    kind = signs[0] + sign + signs[1] if LEVELS[sign] == RELATION else sign
-    return Value(kind, parts, all(part.name for part in parts))
+        longer = LEVELS.get(side.kind[:1]) == LEVELS[sign]  # 1, 2 and 3; x < y and z
+        parts += side.parts if longer else (side,)
+        kind += side.kind if longer else ""
+        kind += sign if side is sides[0] else ""
+    return Value(kind if LEVELS[sign] == RELATION else sign, parts, all(p.name for p in parts))
 
 
 def read(tokens: list[str]) -> Value:
@@ -1746,20 +1418,20 @@ def expression(rest: list[str], level: int = ATOM) -> Value:
         if binds < level or binds == END:
             return value
         if re.match(r"[\d.]|⟨", following):
-            raise ValueError("a number or word after a value: 5 million")
+            raise ValueError("a number or name after a value: 5 million")
         sign = rest.pop() if following in LEVELS else "*"
+        right_level = POWER if sign in ("*", "/") else LEVELS[sign] + 1
         if sign == "!":
             value = apply(sign, value)
-            continue
-        right_level = POWER if sign in ("*", "/") else LEVELS[sign] + 1
-        value = apply(sign, value, expression(rest, right_level))
+        else:
+            value = apply(sign, value, expression(rest, right_level))
 
 
 def first_part(rest: list[str], level: int) -> Value:
     """A signed or bracketed expression, a function of one, a number or a name."""
     token = rest.pop()
     if token in ("+", "-"):  # -2^2 is -(2^2), but x^-2y is x^{-2} y
-        return apply(token, number(sympy.Integer(0)), expression(rest, max(level, PRODUCT)))
+        return apply(token, number(sympy.S(0)), expression(rest, max(level, PRODUCT)))
     if token in ("(", "[", "{", r"\{", r"\begin"):
         value, closing = expression(rest, LIST), rest.pop()
         if value.kind == "," and "{" not in token:
@@ -1767,22 +1439,24 @@ def first_part(rest: list[str], level: int) -> Value:
         return value
     if token in FUNCTIONS:
         return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
-    if token in TWO_GROUPS:  # \power{n}{x} is x^n
-        sides = [expression(rest), expression(rest)]
-        if token == r"\power":
-            sides.reverse()
-        return apply(TWO_GROUPS[token], *sides)
+    if token in TWO_GROUPS:
+        first, second = expression(rest), expression(rest)
+        if token == r"\power":  # \power{n}{x} is x^n
+            first, second = second, first
+        return apply(TWO_GROUPS[token], first, second)
     if token in CONSTANTS:
         return number(CONSTANTS[token])
     if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", token, re.I):
         return number(sympy.Rational(token))
-    if re.match(r"[^\W_]|[…∞]|⟨|\\[a-zA-Z]*(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|"
-                r"kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|ell)$", token, re.I):
-        rng = random.Random(token.replace("var", ""))
-        signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
-        values = [sympy.Rational(sign * rng.randint(400, 1400), 500) for sign in signs]
-        return Value("", tuple(values), True)
-    raise ValueError(token)
+    if token[0] == "\\":  # an error if there is no such letter; Unicode spells lamda
+        greek = token[1:].removeprefix("var").replace("lambda", "lamda")
+        token = unicodedata.lookup(f"GREEK SMALL LETTER {greek}") + token[1]
+    elif not re.match(r"[^\W_]|[…∞⟨]", token):
+        raise ValueError(token)
+    rng = random.Random(token)
+    signs = rng.sample([1, 1, 1, -1, -1, -1], 6)
+    numbers = [sympy.Rational(sign * rng.randint(400, 1400), 500) for sign in signs]
+    return Value("", tuple(numbers), True)
 
 
 def number(value: sympy.Expr) -> Value:
@@ -1792,80 +1466,68 @@ def number(value: sympy.Expr) -> Value:
 def unwrap(value: Value) -> Value:
     """x = 5 as 5, x ∈ S as S, 1 < x < 2 as (1, 2), x < 5 as (-∞, 5); the rest unchanged."""
     if value.kind in ("<", "≤"):  # one end is at infinity
-        infinity = read(["∞"])
         if value.parts[0].name:
-            value = apply("<", apply("-", number(sympy.Integer(0)), infinity), value)
+            value = apply("<", read(["-", "∞"]), value)
         else:
-            value = apply("<", value, infinity)
+            value = apply("<", value, read(["∞"]))
     if value.kind in INTERVALS and value.parts[1].name:
         return Value(INTERVALS[value.kind], value.parts[::2])
-    if value.kind == "=" and value.parts[0].name:
-        return value.parts[1]
-    return value
+    return value.parts[1] if value.kind == "=" and value.parts[0].name else value
 
 
 def same(x: Value, y: Value) -> bool:
     """Equality of two values by the conventions at the top."""
     if x.kind != y.kind:
         for one, other in ((x, y), (y, x)):
-            if one.kind == ":" and len(one.parts) == 2 and other.kind == "":
+            if one.kind == ":" and len(one.parts) == 2 and not other.kind:
                 return same(apply("/", *one.parts), other)  # 3:4 is 3/4
-            assigned = one.kind == "," and all(part.kind == "=" for part in one.parts)
-            if assigned and other.kind == "()":  # x = 1, y = 2 is (1, 2)
-                return same(Value("()", tuple(map(unwrap, one.parts))), other)
+            if one.kind == "," and other.kind == "()" and all(p.kind == "=" for p in one.parts):
+                return same(Value("()", tuple(map(unwrap, one.parts))), other)  # x = 1, y = 2
         x, y = unwrap(x), unwrap(y)
     if x.kind != y.kind:
         return False
-    if x.kind == "":
+    if not x.kind:
         return all(compute("-", a, b) == 0 for a, b in zip(x.parts, y.parts))
     if x.kind in ("=", "≠", "<", "≤") and not any(part.kind for part in x.parts + y.parts):
         ratios = apply("/", apply("-", *x.parts), apply("-", *y.parts)).parts
         constant = all(compute("-", ratio, ratios[0]) == 0 for ratio in ratios)
         return constant and bool(ratios[0] != 0 if x.kind in "=≠" else ratios[0].is_positive)
     if x.kind == "," and len(x.parts) + len(y.parts) < 2 * MAX_ITEMS:
-        for one, other in ((x, y), (y, x)):
-            for part in one.parts:
-                if not any(same(part, candidate) for candidate in other.parts):
-                    return False
-        return True
+        matches = [[same(part, other) for other in y.parts] for part in x.parts]
+        return all(map(any, matches)) and all(map(any, zip(*matches)))
     return len(x.parts) == len(y.parts) and all(map(same, x.parts, y.parts))
 
 
 def choice(text: str) -> tuple[str, str]:
     """The letter of a choice such as B, (B), B. 7 or (B) 7, and what stands behind it."""
-    match = re.fullmatch(r"\(?([A-J])\)?|\(([A-J])\)\s*(.+)|([A-J])\s*[.):]\s*(.+)", text)
-    if not match:
-        return "", text
-    return match[1] or match[2] or match[4], match[3] or match[5] or ""
+    for pattern in (r"\(?([A-J])\)?()", r"\(([A-J])\)\s*(.+)", r"([A-J])\s*[.):]\s*(.+)"):
+        match = re.fullmatch(pattern, text)
+        if match:
+            return match[1], match[2]
+    return "", text
 
 
 def right_side(text: str) -> str:
     """What follows the last = of an equation whose left side is what was asked for; else ""."""
-    depth, signs, last = 0, 0, -1
-    for i, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and character in "<>≤≥≠,":
-            return ""
-        if depth == 0 and character == "=":
-            last = i
-        signs += depth == 0 and last < 0 and character in "+-" and text[:i].strip() != ""
-    if last < 0:
+    flat = text
+    for _ in range(6):  # what stands in brackets does not matter
+        flat = re.sub(r"\([^()]*\)|\{[^{}]*\}|\[[^\[\]]*\]", "B", flat)
+    left = flat.partition("=")[0].strip(" -")
+    if "=" not in flat or re.search("[<>≤≥≠,]", flat):
         return ""
-    left = text[: text.index("=")].strip()
-    symbols = re.sub(r"\\[a-zA-Z]+", "", text)
-    is_number = not re.search(r"[a-zA-Zα-ορ-ω⟨]", symbols)
-    is_series = "…" in left or re.match(r"\\(?:sum|lim|int|prod|max|min)(?![a-z])", left)
-    is_name = not signs and not re.match(r"\d|[a-z]\s*\^", left)
-    return text[last + 1 :].strip() if is_number or is_series or is_name else ""
+    is_number = not re.search(r"[a-zA-Zα-ορ-ω⟨]", re.sub(r"\\[a-zA-Z]+", "", text))  # 2^5 = 32
+    is_series = re.search(r"…|^\\(?:sum|lim|int|prod|max|min)", left)
+    is_name = not re.search(r"[-+]|^\d|^[a-z]\s*\^", left)
+    return text.rpartition("=")[2].strip() if is_number or is_series or is_name else ""
 
 
 def extract_boxed(text: str) -> str | None:
     r"""What the last closed \boxed{...} or \fbox{...} that is not empty holds, in one pass."""
     opened, last = [], ""
     hidden = re.sub(r"\\[\\{}]", "..", text)  # of the same length
-    for match in re.finditer(r"(\\f?boxed\s*|\\fbox\s*)?\{|\}|\\boxed\s+(-?[\d.,/]*\d)", hidden):
+    for match in re.finditer(r"(\\f?box(?:ed)?\s*)?\{|\}|\\boxed\s+(-?[\d.,/]*\d)", hidden):
         if match[2]:
-            last = match[2]
+            last = match[2]  # \boxed 58
         elif match[0] != "}":
             opened.append(match)
         elif opened:
@@ -1876,8 +1538,8 @@ def extract_boxed(text: str) -> str | None:
 
 
 def same_value(a: str, b: str) -> bool:
-    """Do two tidy texts have the same value?  Those that cannot be read, only if they are the same
-    text, apart from spaces that do not part two numbers, and from the marks of names."""
+    """Do two tidy texts have the same value?  What cannot be read must be the same text, apart from
+    spaces that do not part two numbers and from the marks of names."""
     spaces = r"(?<!\d) +| +(?!\d)|[⟨⟩]"
     if re.sub(spaces, "", a) == re.sub(spaces, "", b) != "":
         return True
@@ -1886,31 +1548,25 @@ def same_value(a: str, b: str) -> bool:
         if same(read(x), read(y)):
             return True
         if ("%" in x) != ("%" in y):  # 28 \% is 28 as well
-            x, y = [token for token in x if token != "%"], [token for token in y if token != "%"]
-            return same(read(x), read(y))
+            return same(read([t for t in x if t != "%"]), read([t for t in y if t != "%"]))
     return False
 
 
 def same_answer(a: str, b: str) -> bool:
     """Are two bare answers equal, by the conventions at the top of this section?"""
-    if max(len(a), len(b)) > MAX_CHARS:
-        return a.strip() == b.strip() != ""
     with LOCK:
         try:
-            a, b = tidy(a), tidy(b)
+            a, b = tidy(a[: MAX_CHARS + 1]), tidy(b[: MAX_CHARS + 1])
         except ValueError:
-            return a == b
+            return a.strip() == b.strip() != ""
         (letter, a_rest), (other_letter, b_rest) = choice(a), choice(b)
         if letter and other_letter:
             return letter == other_letter
         if letter or other_letter:
             return same_value(a_rest or a, b_rest or b)
-        if same_value(a, b):
-            return True
         a_right, b_right = right_side(a), right_side(b)
-        if bool(a_right) != bool(b_right):
-            return same_value(a_right or a, b_right or b)
-        return False
+        one_equation = bool(a_right) != bool(b_right)
+        return same_value(a, b) or one_equation and same_value(a_right or a, b_right or b)
 
 
 def grade(response: str, gold: str) -> bool:

@@ -3,11 +3,10 @@ arXiv:2605.12400v1 written out naively.
 
     python -m pytest -q test_ogls_sd.py
     python test_ogls_sd.py bench                     # targets and loss against the naive way
-    python test_ogls_sd.py gpu --model MODEL         # a smoke check of a card, to paste into an issue
+    python test_ogls_sd.py gpu --model MODEL         # a smoke check of a card
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -588,7 +587,8 @@ HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0
            "(" * 140 + "1" + ")" * 140, "-" * 290 + "1", "9" * 100_000, "1," * 140 + "2", "\x00",
            "}{", "{" * 50_000, r"\frac" * 60, r"\sin" * 70 + "x", r"e^{" * 70 + "9" + "}" * 70,
            r"\sin(10^{10000})", r"\begin{pmatrix}" * 19, "^", "_", r"\frac{0}{0}", "\ud800", r"\\",
-           "ﷺ" * 300, "\\text{" * 49, "\\text{a " * 36, "x=" * 149, "1 " * 149, "⟨" * 290, "\\|" * 99,
+           "ﷺ" * 300, "\\text{" * 49, "\\text{a " * 36, "x=" * 149, "1 " * 149,
+           "⟨" * 290, "\\|" * 99,
            "a and " * 49, "=" * 299, "\\overline{1}" * 24, "0.\\overline{" + "1" * 250 + "}"]
 
 
@@ -717,7 +717,7 @@ def test_generate_follows_the_adapter_and_the_seed(world, tmp_path):
 
 @pytest.mark.parametrize("temperature, top_p, top_k", [
     (1.1, 1.0, 0), (2.0, 1.0, 0), (0.5, 1.0, 0), (1.1, 0.6, 0), (1.1, 1.0, 3)])
-def test_generate_samples_from_the_distribution_that_was_asked_for(world, temperature, top_p, top_k):
+def test_generate_samples_from_the_distribution_asked_for(world, temperature, top_p, top_k):
     bench = Bench(world)
     bench.model.generation_config.top_k = 1  # what a model's folder may ask for is overruled
     cfg = replace(bench.cfg, rollouts=20_000, max_new_tokens=1, temperature=temperature,
@@ -1265,7 +1265,8 @@ def scoring(world, unbroken, tmp_path, monkeypatch):
 
 
 def table_of(capsys):
-    return [line for line in capsys.readouterr().out.split("\n") if " base " in line or "step_" in line]
+    lines = capsys.readouterr().out.split("\n")
+    return [line for line in lines if " base " in line or "step_" in line]
 
 
 def test_killed_and_resumed_scoring(scoring, capsys):
@@ -1306,17 +1307,20 @@ def test_what_scoring_refuses(scoring, capsys):
             ("k 2", *scoring, "--output=o.jsonl", "--k=3"),
             ("not its summary", *scoring, "--output=bare.jsonl"),
             ("summary.json", *scoring, "--output=list.jsonl"), ("--k", *scoring, new, "--k=0"),
-            ("aime24", *scoring, new, "--data=aime99"), ("gone", *scoring, new, "--data=./gone.jsonl"),
+            ("aime24", *scoring, new, "--data=aime99"),
+            ("gone", *scoring, new, "--data=./gone.jsonl"),
             ("nothing", *scoring, new, "--data=nothing.jsonl"),
             ("two sets", *scoring, new, "--data=a.jsonl,./a.jsonl"),
             ("adapter_config.json", *scoring, new, "--adapter", "gone"),
             ("use_dora", *scoring, new, "--adapter", "dora"), ("--lr", *scoring, new, "--lr=1"),
-            ("--tensor", *scoring, new, "--tensor-parallel-size=-1"), ("empty", *scoring, "--output="),
+            ("--tensor", *scoring, new, "--tensor-parallel-size=-1"),
+            ("empty", *scoring, "--output="),
             ("--no-base", f"--model={scoring[0]}", "--no-base", "--sampler=hf"),
             ("gone", "--regrade=gone.jsonl"), ("lacks", "--regrade=other.jsonl"),
             ("exists", "--regrade=o.jsonl", "--output=bare.jsonl"),
             ("--k", "--regrade=o.jsonl", "--k=2"), ("metrics.jsonl", "--plot", "run"),
-            ("metrics.jsonl", "--plot", "dora"), ("--temperature", "--toy-table", "--temperature=1"),
+            ("metrics.jsonl", "--plot", "dora"),
+            ("--temperature", "--toy-table", "--temperature=1"),
             ("--seeds", "--toy-table", "--seeds=0"), ("--inspect", "--inspect=0"),
             ("--k", "--inspect=1", "--k=2"), ("--lr", "--inspect=1", "--lr=1"),
             ("--data", "--premise", "--data=a.jsonl"), ("--plot", "--plot", "run", "--premise"),
@@ -1637,7 +1641,7 @@ def gpu(folder):
     guide = [random_ids(model, P)]
     teacher = kernels_of(lambda: list(ogls_sd.guided_hidden(model, guide, responses)))
     student = kernels_of(lambda: ogls_sd.student_hidden(model, examples[:2]))
-    print(f"attention in the teacher: {teacher}; in the student: {student} (expected: flash in both)")
+    print(f"attention: teacher {teacher}, student {student} (expected: flash in both)")
 
     def student_step(parts):
         for part in parts:
@@ -1666,8 +1670,8 @@ def gpu(folder):
     a @ a
     rate = 2 * n**3 / timed(lambda: a @ a)[0]
     print(f"teacher, a guide of {P} and {R} x {T} tokens: {seconds:.2f} s; 2 x parameters x tokens "
-          f"/ seconds = {operations / seconds / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s that a matrix "
-          "product reaches (expected: 40 % or more on a GPU)")
+          f"/ seconds = {operations / seconds / 1e12:.2f} TFLOP/s, and a matrix product reaches "
+          f"{rate / 1e12:.2f} (expected: 40 % of it or more on a GPU)")
     if on_gpu and shutil.which("nvcc") is None:
         print("no nvcc (expected to be no trouble: vLLM's FlashInfer sampler is off)")
     train_a_little(folder, on_gpu)
@@ -1684,7 +1688,8 @@ def train_a_little(folder, on_gpu):
         "--questions=2", "--rollouts=2", "--max-new-tokens=16", "--dtype=float32"]
     code = ogls_sd.main([
         f"--model={folder}", f"--data={data}", f"--output-dir={out}", f"--sampler={sampler}",
-        "--steps=3", "--guide-tokens=512", "--max-prompt-tokens=256", "--distill-tokens=512", *size])
+        "--steps=3", "--guide-tokens=512", "--max-prompt-tokens=256", "--distill-tokens=512",
+        *size])
     print(f"three steps with the {sampler} sampler: exit code {code} (expected: 0)")
     for line in scorer.read_lines(out / "metrics.jsonl", []):
         shown = {key: line[key] for key in ("engine_gap", "sample_s", "teacher_s", "student_s",
@@ -1697,7 +1702,7 @@ def train_a_little(folder, on_gpu):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["bench", "gpu"])
-    parser.add_argument("--model", help="of gpu (default: random weights, Qwen3-1.7B's shape on a GPU)")
+    parser.add_argument("--model", help="of gpu (default: random weights in Qwen3-1.7B's shape)")
     args = parser.parse_args()
     if args.what == "bench":
         return bench()
