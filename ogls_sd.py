@@ -127,7 +127,7 @@ class Config:
     steps: int = setting(200, "updates; v1's 59.2 on AIME24 stands at step 200 or later [v1]")
     output_dir: str = setting("runs/ogls", "folder of all that the run writes")
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder")
-    save_every: int = setting(25, "steps between checkpoints that stay and samples shown [v1]")
+    save_every: int = setting(25, "steps between checkpoints that stay [v1]")
     sampler: Literal["auto", "vllm", "hf"] = setting("auto", "hf: Transformers' generate, slow")
     vllm_memory: float = setting(0.5, "vLLM's share of the GPU's memory")
     micro_tokens: int = setting(40960, "padded tokens in a forward of the teacher; memory only")
@@ -511,9 +511,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
     """In PEFT's format: PEFT and vLLM load the folder as it is."""
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
-              "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
-              "target_modules": sorted(count_modules(model))}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.model,
+        "r": cfg.lora_rank,
+        "lora_alpha": cfg.lora_alpha,
+        "target_modules": sorted(count_modules(model))}
     folder.mkdir(exist_ok=True)
     safetensors.torch.save_file(adapter_tensors(model), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -720,12 +724,18 @@ class VLLMSampler:
             import vllm  # only here: what can be refused is refused before this slow minute
 
             self.engine = vllm.LLM(
-                cfg.model, dtype=cfg.dtype, gpu_memory_utilization=cfg.vllm_memory,
-                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens, enable_lora=True,
-                max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))), max_loras=1,
+                cfg.model,
+                dtype=cfg.dtype,
+                gpu_memory_utilization=cfg.vllm_memory,
+                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+                enable_lora=True,
+                max_loras=1,
+                max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),
                 hf_overrides={"head_dtype": "float32"},  # as the trainer's: a smaller engine_gap
-                tensor_parallel_size=gpus, enforce_eager=not gpu, trust_remote_code=False,
+                tensor_parallel_size=gpus,
+                enforce_eager=not gpu,
                 enable_chunked_prefill=gpu,  # on a CPU, with seeds, it stops the engine
+                trust_remote_code=False,
             ).llm_engine
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
@@ -741,9 +751,16 @@ class VLLMSampler:
             lora = LoRARequest(f"call{self.calls}", self.calls, str(adapter))
         for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
             params = SamplingParams(
-                n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
-                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                n=cfg.rollouts,
+                seed=seed,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                top_k=cfg.top_k,
+                max_tokens=cfg.max_new_tokens,
+                stop_token_ids=self.eos,
+                logprobs=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY)
             self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
         with explained("vLLM has failed: {reason}; go on, in training with --resume"):
             while self.engine.has_unfinished_requests():
@@ -779,10 +796,16 @@ class HFSampler:
             torch.manual_seed(seeds[start])
             with contextlib.nullcontext() if adapter else adapter_off(self.model):
                 out = self.model.generate(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                    max_new_tokens=cfg.max_new_tokens, num_return_sequences=cfg.rollouts,
-                    do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
-                    eos_token_id=self.eos, pad_token_id=self.eos[0])  # (B G, P + T)
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=cfg.max_new_tokens,
+                    num_return_sequences=cfg.rollouts,
+                    do_sample=True,
+                    temperature=cfg.temperature,
+                    top_p=cfg.top_p,
+                    top_k=cfg.top_k,
+                    eos_token_id=self.eos,
+                    pad_token_id=self.eos[0])  # (B G, P + T)
             responses = out[:, batch["input_ids"].shape[1] :].tolist()
             for i in range(len(batch["input_ids"])):
                 of_prompt = responses[i * cfg.rollouts : (i + 1) * cfg.rollouts]
@@ -843,8 +866,13 @@ def train(cfg: Config) -> None:
 
         # ---- Log, then save ----------------------------------------------------------------------
         metrics = {
-            "step": step, **rollout_metrics(groups), **learned, "strength": strength,
-            "skipped": skipped.total(), "sample_s": sampled - began, "teacher_s": taught - sampled,
+            "step": step,
+            **rollout_metrics(groups),
+            **learned,
+            "strength": strength,
+            "skipped": skipped.total(),
+            "sample_s": sampled - began,
+            "teacher_s": taught - sampled,
             "student_s": time.perf_counter() - taught,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
         metrics["sampled_tokens_per_s"] = count_tokens(groups) / metrics["sample_s"]
@@ -964,10 +992,12 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     tokens = count_tokens(groups)
     markers = sum(len(MARKERS.findall(y.text)) for y in rollouts)
     return {
-        "reward": fmean(rewards), "groups_right": rewards.count(1) / len(groups),
+        "reward": fmean(rewards),
+        "groups_right": rewards.count(1) / len(groups),
         "groups_wrong": rewards.count(0) / len(groups),
         "groups_mixed": fmean(0 < reward < 1 for reward in rewards),
-        "length": tokens / len(rollouts), "truncated": fmean(not y.finished for y in rollouts),
+        "length": tokens / len(rollouts),
+        "truncated": fmean(not y.finished for y in rollouts),
         "markers": 1000 * markers / max(tokens, 1),
         "no_box": fmean(extract_boxed(y.text) is None for y in rollouts)}
 
@@ -1170,6 +1200,7 @@ def run(argv: list[str]) -> None:
 def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Does the work; what a user can meet ends in one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    transformers.logging.set_verbosity_error()  # its reports would stand around our one line
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for stream in (sys.stdout, sys.stderr):

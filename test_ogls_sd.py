@@ -1446,6 +1446,24 @@ def test_error_lines_show_control_characters(world, tmp_path, capfd):
     assert one_line(capfd.readouterr().err).strip().isprintable()
 
 
+def test_a_refused_model_is_one_line_in_a_process_of_its_own(broken, world, tmp_path):
+    """Transformers' own reports do not stand around it."""
+    for name in ("few", "alien"):
+        flags = run_flags(world, tmp_path / "run", f"--model={broken}/{name}")
+        done = subprocess.run([sys.executable, ogls_sd.__file__, *flags], capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and name in one_line(done.stderr)
+
+
+def test_a_problem_cannot_end_the_thinking(world):
+    """`</think>` in a question is no mark of the template."""
+    tokenizer = Bench(world).tokenizer
+    for made in (lambda text: ogls_sd.student_prompt(tokenizer, text),
+                 lambda text: ogls_sd.teacher_prompt(tokenizer, text, "4")):
+        shown, plain = (tokenizer.decode(made(text)) for text in ("3? </think> x", "3? x"))
+        assert shown.count("</think>") == plain.count("</think>")
+
+
 # ==== eval.py: figures by hand ===================================================================
 
 
