@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -50,18 +50,18 @@ SETS = {
 # The paper's and OPSD's evaluation.  No guides are read, and prompts of any length are taken.
 PAPER = ["--thinking", "--temperature=1", "--top-p=0.95", "--top-k=0", "--max-new-tokens=38912",
          "--vllm-memory=0.9", "--max-prompt-tokens=1", "--distill-tokens=1", "--guide-tokens=1"]
-SAMPLING = ["model", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "dtype",
-            "sampler"]  # what a response depends on, beside adapter, set and k
-READING = SAMPLING + ["data", "rollouts", "max_prompt_tokens", "teacher_thinking", "strength",
-                      "distill_tokens", "guide_tokens", "exclude_self", "kl", "clip"]
+# What a response depends on, beside adapter, set and k.
+SAMPLING = ["model", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "dtype"]
+TEACHING = SAMPLING + ["data", "rollouts", "max_prompt_tokens", "teacher_thinking"]
+READING = TEACHING + ["strength", "distill_tokens", "guide_tokens", "exclude_self", "kl", "clip"]
 # Flags by mode: those of this program, and those of ogls_sd.py.
 MODES = {
     "evaluate": (["adapter", "no_base", "data", "k", "tensor_parallel_size", "output"],
-                 SAMPLING + ["vllm_memory"]),
+                 SAMPLING + ["sampler", "vllm_memory"]),
     "regrade": (["output"], []),
     "plot": (["output"], []),
     "toy_table": (["seeds", "steps", "output_dir"], []),
-    "teacher": (["adapter"], READING),
+    "teacher": (["adapter"], TEACHING),
     "inspect": (["adapter", "output"], READING),
     "premise": ([], ["model", "dtype"]),
     "word_problems": (["seed"], []),
@@ -154,8 +154,9 @@ def read_json(file: Path, default: dict) -> dict:
     return found
 
 
-def read_lines(file: Path, needed: list[str]) -> list[dict]:
-    """Rows of a .jsonl file of ours.  A last line that a kill cut off counts for nothing."""
+def read_lines(file: Path, needed: dict[str, tuple]) -> list[dict]:
+    """Rows of a .jsonl file of ours, which have `needed` values of these types.  A last line that a
+    kill cut off counts for nothing."""
     if not file.exists():
         return []
     rows = []
@@ -165,9 +166,9 @@ def read_lines(file: Path, needed: list[str]) -> list[dict]:
             if number == len(lines) and not is_json(line):
                 continue  # what follows the last newline
             row = json.loads(line)
-            missing = [name for name in needed if name not in row]
-            if missing:
-                raise ValueError(f"line {number} lacks {missing[0]}")
+            for name, types in needed.items():
+                if not isinstance(row, dict) or type(row.get(name, ...)) not in types:
+                    raise ValueError(f"line {number} has no {name} of the right type")
             rows.append(row)
     return rows
 
@@ -182,8 +183,10 @@ def is_json(line: str) -> bool:
 
 # ==== Figures: scores and shares in percent, lengths in tokens ====================================
 
-FIELDS = ["checkpoint", "set", "question", "sample", "text", "length", "finish_reason", "answer",
-          "gold", "correct"]  # of each line of --output
+FIELDS = {  # of each line of --output, and their types
+    "checkpoint": (str,), "set": (str,), "question": (int,), "sample": (int,), "text": (str,),
+    "length": (int,), "finish_reason": (str,), "answer": (str, type(None)), "gold": (str,),
+    "correct": (bool,)}
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -221,7 +224,7 @@ def paired_difference(gap: pd.Series) -> dict:
 
 def score(responses: list[dict]) -> pd.DataFrame:
     """A row per set and checkpoint; the difference is over the questions that both have."""
-    frame = pd.DataFrame(responses, columns=FIELDS)
+    frame = pd.DataFrame(responses, columns=list(FIELDS))
     frame["point"] = 100.0 * frame["correct"].astype(float)
     frame["no box"] = 100.0 * frame["answer"].isna()
     frame["cut off"] = 100.0 * (frame["finish_reason"] == "length")
@@ -257,6 +260,14 @@ def summary_of(output: Path) -> Path:
     return output.with_name(output.name + ".summary.json")
 
 
+def read_summary(output: Path) -> dict:
+    """Settings and figures of an --output file; UserError if they are not ours."""
+    found = {"settings": {}, "figures": [], **read_json(summary_of(output), {})}
+    if not isinstance(found["settings"], dict):
+        raise UserError(f"{summary_of(output)} is no file of this program: settings")
+    return found
+
+
 def read_responses(output: Path, k: int = 0) -> list[dict]:
     """Of questions that have all k samples: a kill can leave a question half done."""
     found = {}
@@ -288,26 +299,26 @@ def held(output: Path) -> Iterator[None]:
         finally:
             if output.exists() and output.stat().st_size == 0:
                 output.unlink()
+                summary_of(output).unlink(missing_ok=True)
 
 
 def regrade(args: argparse.Namespace) -> None:
     """Grades the responses of a file again, in place or into --output."""
     source, output = args.regrade, args.output or args.regrade
-    old = read_responses(source)
-    if not old:
+    if not read_lines(source, FIELDS):
         raise UserError(f"--regrade {source}: there is no such file, or no response in it")
     if output != source and output.exists():
         raise UserError(f"--output {output} exists already; take another name")
-    new = []
-    for row in old:
-        correct = row["finish_reason"] == "stop" and grade(row["text"], row["gold"])
-        new.append({**row, "answer": ogls.extract_boxed(row["text"]), "correct": correct})
-    changed = sum(a["correct"] != b["correct"] for a, b in zip(old, new))
-    say(f"{changed} of {len(new)} responses are graded differently")
-    settings = read_json(summary_of(source), {}).get("settings", {})
-    with held(output):
+    settings = read_summary(source)["settings"]
+    with held(output):  # in place, nobody can append meanwhile
+        old, new = read_lines(source, FIELDS), []
+        for row in old:
+            correct = row["finish_reason"] == "stop" and grade(row["text"], row["gold"])
+            new.append({**row, "answer": ogls.extract_boxed(row["text"]), "correct": correct})
         write_text(output, "".join(json.dumps(row) + "\n" for row in new))
-    report(output, settings, new)
+        changed = sum(a["correct"] != b["correct"] for a, b in zip(old, new))
+        say(f"{changed} of {len(new)} responses are graded differently")
+        report(output, settings, read_responses(output))
 
 
 def read_adapter(folder: Path) -> dict:
@@ -322,7 +333,8 @@ def read_adapter(folder: Path) -> dict:
         if used or config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
             raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
         return {"rank": int(config["r"]), "alpha": int(config["lora_alpha"]),
-                "hash": sha256(weights).hexdigest()}
+                "hash": sha256(weights).hexdigest(),
+                "base": str(config.get("base_model_name_or_path"))}
 
 
 def load_sets(data: str) -> tuple[dict, dict]:
@@ -350,6 +362,9 @@ def evaluate(args: argparse.Namespace) -> None:
     cfg = args.cfg
     output = args.output or Path(f"scores/{Path(cfg.model).name}.jsonl")
     adapters = {folder: read_adapter(folder) for folder in args.adapter or []}
+    for folder, adapter in adapters.items():
+        if Path(adapter["base"]).name != Path(cfg.model).name:
+            say(f"note: {folder} was trained on {adapter['base']}, and is scored on {cfg.model}")
     if args.no_base and not adapters:
         raise UserError("--no-base without --adapter leaves nothing to score")
     shapes = {(adapter["rank"], adapter["alpha"]) for adapter in adapters.values()}
@@ -363,12 +378,17 @@ def evaluate(args: argparse.Namespace) -> None:
     prompts = [ogls.student_prompt(tokenizer, p.question, cfg.thinking) for p in problems.values()]
     cfg = replace(cfg, max_prompt_tokens=max(map(len, prompts)))
     tokenizer, eos = ogls.load_tokenizer(cfg)
-    settings = {name: getattr(cfg, name) for name in SAMPLING}
+    settings = {name: getattr(cfg, name) for name in [*SAMPLING, "sampler"]}
     settings.update(k=cfg.rollouts, **hashes)
+    settings["prompts"] = sha256(json.dumps(prompts).encode()).hexdigest()
+    for file in sorted(Path(cfg.model).glob("*.safetensors")):  # of a model on this disk
+        with open(file, "rb") as weights:
+            settings[f"weights {file.name}"] = file_digest(weights, "sha256").hexdigest()
     for folder, adapter in adapters.items():
         settings[f"adapter {folder}"] = adapter
     with held(output):
-        before = read_json(summary_of(output), {}).get("settings", {})
+        summary = read_summary(output)
+        before = summary["settings"]
         for name, value in settings.items():
             if before.get(name, value) != value:
                 raise UserError(f"{output} was made with {name} {before[name]}, not {value}; "
@@ -376,7 +396,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if output.stat().st_size and not before:
             raise UserError(f"{output} exists, but not its summary; take another --output")
         settings = {**before, **settings}
-        write_text(summary_of(output), json.dumps({"settings": settings, "figures": []}))
+        write_text(summary_of(output), json.dumps({**summary, "settings": settings}))
         done = read_responses(output, cfg.rollouts)
         checkpoints = list(adapters) if args.no_base else [None, *adapters]
         todo = missing_questions(problems, checkpoints, done)
@@ -577,11 +597,15 @@ def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
     problems, _ = ogls.load_problems(f"{cfg.model}/heldout.jsonl")
     cfg = replace(cfg, rollouts=8, method="ogls")
     groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
-    texts = [y.text for group in groups for y in group.rollouts]
+    right = {True: [], False: []}  # by whether an answer checks
+    for group in groups:
+        for y in group.rollouts:
+            right["Let me check" in y.text].append(y.correct)
     found = ogls.rollout_metrics(groups)
-    return {"right": 100 * found["reward"],
-            "check": 100 * fmean("Let me check" in text for text in texts),
-            "markers": found["markers"], "length": found["length"]}
+    return {"right": 100 * found["reward"], "markers": found["markers"], "length": found["length"],
+            "check": 100 * len(right[True]) / (8 * len(groups)),
+            "right_if_checked": 100 * fmean(right[True] or [math.nan]),
+            "right_at_once": 100 * fmean(right[False] or [math.nan])}
 
 
 def run_toy(argv: list[str]) -> int:
@@ -610,8 +634,9 @@ def run_toy(argv: list[str]) -> int:
     write_text(out / "summary.json", json.dumps(summary))
     say(f"held-out mean@8: {before['right']:.1f} % before, {after['right']:.1f} % after, "
         f"{summary['steps']} steps, {summary['seconds']:.0f} s")
-    say(f"answers that check: {before['check']:.0f} % before, {after['check']:.0f} % after; an "
-        "answer at once is mostly wrong here, one that checks mostly right")
+    say(f"answers that check: {before['check']:.0f} % before, {after['check']:.0f} % after; right "
+        f"before: {before['right_if_checked']:.0f} % of those that check, "
+        f"{before['right_at_once']:.0f} % of those at once")
     return 0
 
 
@@ -619,6 +644,7 @@ def run_toy(argv: list[str]) -> int:
 
 PANELS = {"reward": "Right answers among the rollouts (%)",
           "markers": "Reflection markers per 1,000 tokens"}
+LOGGED = {"step": (int,), "reward": (int, float), "markers": (int, float)}
 ROWS = {"sft": ["--method=sft"], "grpo": ["--method=grpo"], "opsd": ["--method=opsd"],
         "pos-mean": ["--method=pos-mean"], "pos-only": ["--method=pos-only"], "ogls": [],
         "ogls, clip 0.05": ["--clip=0.05"],  # the paper's
@@ -657,13 +683,16 @@ def draw(runs: dict[str, list[list[dict]]], file: Path) -> None:
 
 def plot(args: argparse.Namespace) -> None:
     runs = {}
+    args.output = args.output or Path("scores/curves.png")
+    if args.output.suffix != ".png":
+        raise UserError(f"--plot writes a .png, so not {args.output}")
     for run in args.plot:
-        log = read_lines(run / "metrics.jsonl", ["step", *PANELS])
+        log = read_lines(run / "metrics.jsonl", LOGGED)
         if not log:
             raise UserError(f"--plot {run} has no metrics.jsonl with a step; give a run's folder")
         runs[str(run)] = [log]
     with explained("--plot cannot draw these logs: {reason}"):
-        draw(runs, args.output or Path("scores/curves.png"))
+        draw(runs, args.output)
 
 
 def toy_table(args: argparse.Namespace) -> None:
@@ -678,6 +707,10 @@ def toy_table(args: argparse.Namespace) -> None:
             out = folder / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
             words = [f"--model={toy}", f"--data={toy}/train.jsonl", *TOY, f"--seed={seed}", *steps]
             result = out / "result.json"
+            command = shlex.join([*words, *(flags or [])])
+            done = read_json(result, {"command": command})
+            if done.get("command") != command:
+                raise UserError(f"{result} is of other settings; take another --output-dir")
             if not result.exists():
                 adapter = None
                 if flags is not None:
@@ -686,17 +719,19 @@ def toy_table(args: argparse.Namespace) -> None:
                         raise UserError(f"the run in {out} failed; its error stands above")
                     adapter = ogls.checkpoints(out)[-1]
                 out.mkdir(parents=True, exist_ok=True)
-                write_text(result, json.dumps(score_toy(words, adapter)))
-            scores.setdefault(name, []).append(read_json(result, {}))
+                done.update(score_toy(words, adapter))
+                write_text(result, json.dumps(done))
+            scores.setdefault(name, []).append(done)
             if flags is not None:
-                logs.setdefault(name, []).append(read_lines(out / "metrics.jsonl", ["step"]))
+                logs.setdefault(name, []).append(read_lines(out / "metrics.jsonl", LOGGED))
     say(f"\nheld-out problems, mean ± standard deviation of {seeds} seeds (of everything):")
     columns = ["right", "check", "markers", "length"]
     say(f"{'':<22}" + "".join(f"{column:>16}" for column in columns))
     for name, found in scores.items():
         line = f"{name:<22}"
         for column in columns:
-            values = [row[column] for row in found]
+            with explained(f"a result.json of {name} is no file of this program: {{reason}}"):
+                values = [float(row[column]) for row in found]
             spread = stdev(values) if seeds > 1 else 0.0
             line += f"{fmean(values):9.1f} ± {spread:4.1f}"
         say(line)
@@ -707,7 +742,7 @@ def toy_table(args: argparse.Namespace) -> None:
 
 
 def open_model(cfg: Config, adapter: Path | None) -> tuple:
-    """Tokenizer, sampler and problems for a look at a model.  The first rank and alpha that fit."""
+    """Tokenizer, sampler and problems for a look at a model, with the adapter's rank and alpha."""
     if adapter:
         found = read_adapter(adapter)
         cfg = replace(cfg, lora_rank=found["rank"], lora_alpha=found["alpha"])
@@ -727,7 +762,8 @@ def one_adapter(args: argparse.Namespace) -> Path | None:
 
 
 def teacher(args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy alone, shown the solution, shown a wrong rollout: what OGLS-SD has to work with."""
+    """Accuracy alone, shown the solution, shown a wrong rollout: what there is to distil.  Guides
+    of both signs are tried on the same questions, those that have a wrong rollout."""
     cfg, adapter = args.cfg, one_adapter(args)
     tokenizer, sampler, problems = open_model(cfg, adapter)
     problems = [problem for problem in problems if problem.solution][: args.teacher]
@@ -737,11 +773,12 @@ def teacher(args: argparse.Namespace) -> dict[str, float]:
     alone, right_guides, wrong_guides = [], [], []
     for group in groups:
         alone.append(fmean(y.correct for y in group.rollouts))
-        right_guides.append((group.problem, group.problem.solution))
         wrong = [y.text for y in group.rollouts if not y.correct]
         if wrong:
+            right_guides.append((group.problem, group.problem.solution))
             wrong_guides.append((group.problem, wrong[0]))
-    results = {"alone": alone}
+    results = {"student alone": alone}
+    results["the same questions"] = [share for share in alone if share < 1]
     for name, guides in {"shown the solution": right_guides,
                          "shown a wrong rollout": wrong_guides}.items():
         prompts = []
@@ -769,6 +806,9 @@ def teacher(args: argparse.Namespace) -> dict[str, float]:
 def inspect(args: argparse.Namespace) -> None:
     """A page on N questions with a wrong rollout; its main points also go to the terminal."""
     adapter = one_adapter(args)
+    output = args.output or Path("scores/inspect.html")
+    if output.suffix != ".html":
+        raise UserError(f"--inspect writes an .html page, so not {output}")
     cfg = replace(args.cfg, method="ogls")
     tokenizer, sampler, problems = open_model(cfg, adapter)
     groups = []
@@ -784,7 +824,6 @@ def inspect(args: argparse.Namespace) -> None:
     page = [PAGE, escape(facts)]
     for group in groups:
         page.append(show_group(sampler.model, tokenizer, group, cfg))
-    output = args.output or Path("scores/inspect.html")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "\n".join(page))
     say(f"\n{len(groups)} question(s): open {output} in a browser")
@@ -949,11 +988,12 @@ def word_problems(args: argparse.Namespace) -> None:
         rows[row["problem"]] = row
     lines = [json.dumps(row) + "\n" for row in rows.values()]
     args.word_problems.mkdir(parents=True, exist_ok=True)
-    for name, part in [("train", lines[:400]), ("heldout", lines[400:])]:
-        file = args.word_problems / f"{name}.jsonl"
+    files = [args.word_problems / "train.jsonl", args.word_problems / "heldout.jsonl"]
+    for file in files:
         if file.exists():
             raise UserError(f"{file} exists already; take another folder")
-        write_text(file, "".join(part))
+    write_text(files[0], "".join(lines[:400]))
+    write_text(files[1], "".join(lines[400:]))
     say(f"wrote 400 and 64 problems to {args.word_problems}")
 
 

@@ -112,19 +112,19 @@ class Config:
     thinking: bool = setting(False, "the student's thinking mode [v2, OPSD: off in training]")
     teacher_thinking: bool = setting(False, "the teacher's [us]; OPSD as published turns it on")
     strength: float = setting(3.0, "lambda of eq. (13), its maximum [v1]")
-    ramp_steps: int = setting(50, "steps of lambda's ramp [v1], linear [us]; 0: no ramp")
+    ramp_steps: int = setting(50, "of lambda's ramp [v1]; linear, and this long [us]; 0: none")
     distill_tokens: int = setting(1024, "T, tokens distilled from each rollout's start [v1]")
     guide_tokens: int = setting(8192, "longest guide; of a longer one its last tokens [us]")
     exclude_self: bool = setting(False, "leave y_j out of its own negative pool [us]")
     kl: Literal["forward", "reverse"] = setting("forward", "KL(teacher||student) [v2]; reverse: v1")
-    clip: float = setting(0.05, "clamp of each (position, token) term of the KL [v1]; 0: off")
-    lr: float = setting(5e-6, "AdamW's learning rate [v1]; no decay, no warm-up [OPSD]")
+    clip: float = setting(0.05, "clamp of the KL [v1], for each (position, token) [OPSD]; 0: off")
+    lr: float = setting(5e-6, "AdamW's learning rate [v1]; constant, no weight decay [OPSD]")
     max_grad_norm: float = setting(0.1, "gradient clipping [OPSD]")
     lora_rank: int = setting(64, "r of the adapter [v1]")
     lora_alpha: int = setting(128, "the adapter is scaled by alpha / r [v1]")
     seed: int = setting(0, "of adapter, order of the data and sampling [us]")
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "of the base weights [us]")
-    steps: int = setting(200, "updates; v1's 59.2 on AIME24 stands at step 200 or later [v1]")
+    steps: int = setting(200, "updates [us]; v1's 59.2 on AIME24 stands at step 200 or later")
     output_dir: str = setting("runs/ogls", "folder of all that the run writes")
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder")
     save_every: int = setting(25, "steps between checkpoints that stay [v1]")
@@ -235,8 +235,8 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     """zT = z0 + lambda Delta, eqs. (11) and (13) of arXiv:2605.12400v1; tensors of any one shape.
 
     On logits or on hidden states: the head is linear, z = W h + b, and the weights 1, lambda and
-    -lambda add up to 1, so both give the same zT.  We steer (T, d) states and apply W once, where
-    the equations as written keep (T, V) logits for each of G + 2 teacher passes.
+    -lambda add up to 1, so both give the same zT.  So we average and steer (T, d) states and
+    apply W once, where the equations as written do all of it on (T, V) logits.
     """
     delta = positive - negative  # eq. (11): what any guide adds stands in both, and cancels
     return anchor + strength * delta  # eq. (13)
@@ -325,6 +325,7 @@ def reinforce(group: Group) -> list[Example]:
 def divergences(student_logits: Tensor, target_logits: Tensor, kl: str, clip: float,
                 temperature: float) -> tuple[Tensor, Tensor]:  # (N, V) twice -> (N,) twice
     """KL per position with and without the clip, from the same terms p (log p - log q)."""
+    # Divided by the temperature: a departure from eq. (14) [OPSD].
     student = (student_logits / temperature).log_softmax(-1)  # (N, V)
     target = (target_logits.detach() / temperature).log_softmax(-1)  # (N, V), sg[pi_T], eq. (14)
     if kl == "forward":
@@ -414,7 +415,7 @@ def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], in
         rows = read_rows(source, prefer)
     problems = []
     for row in rows:
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError):
             problems.append(read_row(row))
     if not problems:
         raise UserError(f"--data {source}: none of {len(rows)} rows has a problem or question and "
@@ -436,6 +437,7 @@ def read_row(row: dict) -> Problem:
     steps, mark, gold = str(gold).rpartition("####")  # GSM8K: a solution, then #### 27
     if mark and not solution:
         solution = steps
+    (question + solution + gold).encode()  # an error for half of a surrogate pair
     if not question.strip() or not gold.strip():
         raise ValueError("empty")
     return Problem(question, gold.strip(), solution)
@@ -794,7 +796,8 @@ class HFSampler:
             batch = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt")  # (B, P)
             batch = batch.to(self.model.device)
             torch.manual_seed(seeds[start])
-            with contextlib.nullcontext() if adapter else adapter_off(self.model):
+            with (explained("generate has failed: {reason}; are the weights finite?"),
+                  contextlib.nullcontext() if adapter else adapter_off(self.model)):
                 out = self.model.generate(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
@@ -1054,6 +1057,8 @@ def restore(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: 
             step = state["step"]
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if path.exists():
+            if not step and path.read_text().count('"step": 2,'):
+                raise UserError(f"{out} has logs of several steps, but no checkpoint to go on from")
             with explained(f"{path} is broken: {{reason}}; mend it or move it away"):
                 lines = path.read_text().split("\n")[:-1]  # a kill can cut off the last one
                 kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
@@ -1072,7 +1077,7 @@ def load_tokenizer(cfg: Config) -> tuple[object, list[int]]:
             raise ValueError("its chat template leaves out what the user says")
         eos = config.eos_token_id
         with contextlib.suppress(OSError):  # Qwen3 lists a second one there
-            eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id
+            eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id or eos
         eos = [eos] if isinstance(eos, int) else eos
         if not eos:
             raise ValueError("it names no EOS token")
@@ -1116,7 +1121,10 @@ def read_record(cfg: Config) -> dict:
     path = out / "config.json"
     if cfg.resume:
         with explained(f"{path} is of no run that --resume could go on with: {{reason}}"):
-            return dict(json.loads(path.read_text()))
+            record = json.loads(path.read_text())
+            if not {"run", "weights_hash", "versions"} <= set(record):
+                raise ValueError("this program did not write it")
+            return record
     for found in (path, *checkpoints(out), out / "metrics.jsonl", out / "samples.jsonl"):
         if found.exists():
             raise UserError(f"{found} is of a run; --resume goes on with one that has its "
@@ -1162,7 +1170,7 @@ def say(text: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """Beside and renamed: a kill leaves the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -491,6 +491,7 @@ ROWS = [
     ({"problem": "e?", "solution": "3\n#### 3"}, ("e?", "3", "3\n#### 3")),
     ({"problem": "f?", "answer": 2**62 + 1}, ("f?", str(2**62 + 1), "")),
     ({"problem": "g?", "answer": 0, "solution": 5}, ("g?", "0", "")),
+    ({"problem": "m?", "answer": 10**400}, None), ({"problem": "\ud800?", "answer": "4"}, None),
     ({"problem": "h?", "answer": "2024-05-01"}, ("h?", "2024-05-01", "")),
     *[({"problem": "i?", "answer": bad}, None)
       for bad in (math.nan, math.inf, ["4"], {"x": 4}, True, " ")],
@@ -973,6 +974,8 @@ def sympy_version():
     (lambda run, model: newest(run, "trainer_state.pt").write_bytes(b"garbage"), "remove it"),
     (lambda run, model: newest(run, "adapter_model.safetensors").unlink(), "step_"),
     (lambda run, model: change_run(run), "another run"),
+    (lambda run, model: shutil.copy(model / "config.json", run), "did not write it"),
+    (lambda run, model: [shutil.rmtree(f) for f in ogls_sd.checkpoints(run)], "no checkpoint"),
     (lambda run, model: edit_weights(model), "weights_hash"),
     (lambda run, model: write_rows(model / "train.jsonl", toy_rows(11)), "data_hash")])
 def test_what_a_resumed_run_must_not_meet(broken, named, world, unbroken, tmp_path, capfd):
@@ -1573,6 +1576,7 @@ def test_what_scoring_refuses(scoring, capsys):
     Path("other.jsonl").write_text('{"checkpoint": "base"}\n')
     Path("nothing.jsonl").write_text('{"puzzle": "1"}\n')
     Path("list.jsonl.summary.json").write_text("[]")
+    Path("odd.jsonl.summary.json").write_text('{"settings": [1]}')
     Path("run").mkdir()
     (Path("run") / "metrics.jsonl").write_text("[1]\n")
     dora = Path("dora")
@@ -1584,7 +1588,12 @@ def test_what_scoring_refuses(scoring, capsys):
             ("temperature 1.0", *scoring, "--output=o.jsonl", "--temperature=0.5"),
             ("k 2", *scoring, "--output=o.jsonl", "--k=3"),
             ("not its summary", *scoring, "--output=bare.jsonl"),
-            ("summary.json", *scoring, "--output=list.jsonl"), ("--k", *scoring, new, "--k=0"),
+            ("summary.json", *scoring, "--output=list.jsonl"),
+            ("settings", *scoring, "--output=odd.jsonl"),
+            ("--sampler", "--inspect=1", "--sampler=vllm"),
+            (".html", "--inspect=1", "--output=a.jsonl", "--model=m"),
+            (".png", "--plot", "run", "--output=a.jsonl"),
+            ("--strength", "--teacher=1", "--strength=9"), ("--k", *scoring, new, "--k=0"),
             ("aime24", *scoring, new, "--data=aime99"),
             ("gone", *scoring, new, "--data=./gone.jsonl"),
             ("nothing", *scoring, new, "--data=nothing.jsonl"),
@@ -1594,7 +1603,7 @@ def test_what_scoring_refuses(scoring, capsys):
             ("--tensor", *scoring, new, "--tensor-parallel-size=-1"),
             ("empty", *scoring, "--output="),
             ("--no-base", f"--model={scoring[0]}", "--no-base", "--sampler=hf"),
-            ("gone", "--regrade=gone.jsonl"), ("lacks", "--regrade=other.jsonl"),
+            ("gone", "--regrade=gone.jsonl"), ("right type", "--regrade=other.jsonl"),
             ("exists", "--regrade=o.jsonl", "--output=bare.jsonl"),
             ("--k", "--regrade=o.jsonl", "--k=2"), ("metrics.jsonl", "--plot", "run"),
             ("metrics.jsonl", "--plot", "dora"),
@@ -1608,6 +1617,19 @@ def test_what_scoring_refuses(scoring, capsys):
         assert scorer.main(flags) == 2, flags
         assert words in one_line(capsys.readouterr().err), flags
         assert tree(Path(".")) == before, flags
+
+
+def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
+    rows = [response(0, 0, "1", True), response(0, 1, "1", True), response(1, 0, "2", False)]
+    path = Path(write_rows(tmp_path / "o.jsonl", rows))
+    assert scorer.main([f"--regrade={path}"]) == 0
+    assert len(path.read_text().split("\n")) == 3 + 1
+    for name, value in (("text", 5), ("length", "long"), ("sample", []), ("question", {}),
+                        ("checkpoint", None), ("correct", "yes")):
+        write_rows(path, [{**rows[0], name: value}])
+        capsys.readouterr()
+        assert scorer.main([f"--regrade={path}"]) == 2
+        assert name in one_line(capsys.readouterr().err)
 
 
 def test_one_process_an_output(scoring, capsys):
@@ -1790,7 +1812,8 @@ def test_scoring_prefers_the_test_split(monkeypatch):
 
 def test_the_toy_scores_before_and_after_and_its_table_runs_each_method(toy, tmp_path, monkeypatch):
     def score_toy(words, adapter):
-        return dict.fromkeys(("right", "check", "markers", "length"), 90.0 if adapter else 10.0)
+        columns = ("right", "check", "markers", "length", "right_if_checked", "right_at_once")
+        return dict.fromkeys(columns, 90.0 if adapter else 10.0)
 
     monkeypatch.setattr(scorer, "score_toy", score_toy)
     shutil.copytree(toy / "toy", tmp_path / "one" / "toy")
@@ -2092,7 +2115,7 @@ def train_a_little(folder, on_gpu):
         "--steps=3", "--guide-tokens=512", "--max-prompt-tokens=256", "--distill-tokens=512",
         *size])
     print(f"three steps with the {sampler} sampler: exit code {code} (expected: 0)")
-    for line in scorer.read_lines(out / "metrics.jsonl", []):
+    for line in scorer.read_lines(out / "metrics.jsonl", {}):
         shown = {key: line[key] for key in ("engine_gap", "sample_s", "teacher_s", "student_s",
                                             "peak_gb")}
         print(f"  {shown} (expected: engine_gap below 0.02 in bf16, null without vLLM)")
