@@ -292,6 +292,7 @@ def report(output: Path, settings: dict, responses: list[dict]) -> None:
 def held(output: Path) -> Iterator[None]:
     """The output file, for this process alone; an empty one is not left behind."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not summary_of(output).exists()
     output.touch()
     with ogls.locked(output):
         try:
@@ -299,7 +300,8 @@ def held(output: Path) -> Iterator[None]:
         finally:
             if output.exists() and output.stat().st_size == 0:
                 output.unlink()
-                summary_of(output).unlink(missing_ok=True)
+                if is_new:
+                    summary_of(output).unlink(missing_ok=True)
 
 
 def regrade(args: argparse.Namespace) -> None:
