@@ -811,7 +811,8 @@ def call(world, out, *more):
 def start(world, out, *more):
     return subprocess.Popen(
         [sys.executable, ogls_sd.__file__, *run_flags(world, out, *more)], text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a script may ignore it
 
 
 def wait_for(happened, process):
