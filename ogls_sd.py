@@ -1250,7 +1250,8 @@ MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000  # of an answer, a list, an ex
 DIGITS, LARGEST, ROUNDING = 200, sympy.Integer(10**60), 1e-120  # of numbers that are not exact
 LOCK = threading.Lock()  # sympy sets mpmath's global precision while it evaluates a function
 FUNCTION = r"(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt)"
-NO_UNIT = (r"(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|[mb]illion|dozen|is|not|or|and)|[ieNS])\b)")
+NO_UNIT = (r"(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|[mb]illion|dozen|is|are|has|not|or|"
+           r"and|more|less|left|right|loss|profit|BC|AD|(?:con|di)verges)|[ieNS])\b)")
 
 
 def name_in(match: re.Match) -> str:
@@ -1304,7 +1305,7 @@ RULES = [
     (r"\\%", "%"),
     (r"√", r"\\sqrt"),
     (r"&", ":"),
-    (r"\\(begin|end)\s*\{\w*(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
+    (r"\\(begin|end)\s*\{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
     (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
     (r"(?<![\\\w])C_(\w|\{\w+\})\s*\^\s*(\w|\{(?:[^{}]|\{[^{}]*\})*\})", r"\\binom{\1}{\2}"),
@@ -1325,9 +1326,10 @@ RULES = [
      r"ft|h|s|[a-z]{3,}|[一-鿿]+)\b(?:\^\{?[23]\}?)?\s*)+(?![({])", " "),  # 7 men, 65 km/h, 24cm
     (r"⟨no (?:real )?solutions?⟩|\\emptyset|\\varnothing|\\\{\s*\\\}", "⟨empty⟩"),
     (r"⟨all real numbers⟩|^R$|(?<== )R$", "(-∞,∞)"),
-    (r"(?<![\\a-zA-Z⟨])([A-Za-z]{4,}|[yY]es|[nN]o)(?![a-zA-Z⟩])(?![^⟨]*⟩)", plain_word),
+    (r"(?<![\\a-zA-Z⟨])([A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o)(?![a-zA-Z⟩])(?![^⟨]*⟩)",
+     plain_word),
     (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", repeating),
-    (r"(?<=\d)(?:,|\s)(?=\d{3}(?!\d))(?!.*[(\[])", ""),  # 12,345
+    (r"(?<=\d)(?:,|\s)(?=\d{3}(?!\d))(?!.*[(\[)\]])", ""),  # 12,345
     (r"(?<=\S)\s*≈.*$|\\p?mod(?![a-z]).*$", ""),  # x = 1/4 ≈ 0.3
     (r"\\(?:angle|widehat)\s*\{?\s*([A-Z]+)\s*\}?", r"⟨∠\1⟩"),
     (r"\\(?:triangle|angle|overline|bar|hat)(?![a-z])\s*", ""),
@@ -1352,7 +1354,7 @@ RULES = [
     (r"(?<!\\)[\s.,;]+$|^=", ""),
 ]
 TOKEN = re.compile(
-    r"⟨[^⟩]*⟩|(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fg]\([^()]*\)|"
+    r"⟨[^⟩]*⟩|(?<=frac|inom)\d|(?<=frac\d|inom\d)\d|[fg]\([^()]*\)|[A-Z]\(\w+\)|"
     r"(?:[^\W\d_]|\d+)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|\\.|"
     r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": sympy.Rational(1, 100),
@@ -1556,7 +1558,8 @@ def right_side(text: str) -> str:
         return ""
     is_number = not re.search(r"[a-zA-Zα-ορ-ω⟨]", re.sub(r"\\[a-zA-Z]+", "", text))  # 2^5 = 32
     is_series = re.search(r"…|^\\(?:sum|lim|int|prod|max|min)", left)
-    is_name = not re.search(r"[-+]|^\d|^[a-z]\s*\^", left)
+    is_name = not re.search(r"[-+]|/\s*\d|^\d|^[a-z]\s*\^", left)  # x/2 = 3 does not say x = 3
+    is_name = is_name and not re.match(r"\\frac\s*\{[^{}]*\}\s*\{?\d|\\frac\s*\{?\d", text)
     return text.rpartition("=")[2].strip() if is_number or is_series or is_name else ""
 
 

@@ -582,6 +582,10 @@ DIFFERENT = r"""
 4 \text{ or more} ~ 4 ~ 12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25
 |t| < 4 ~ (-\infty, 4) ~ \sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5
 x = 3, y = 8 ~ (8, 3) ~ \angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor
+J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345 ~ Tim ~ Tmi
+4 \text{ left} ~ 4 \text{ right}
+(b_n) \text{ converges} ~ (b_n) \text{ diverges} ~ 90 \text{ BC} ~ 90 \text{ AD}
+\begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix}
 20:45 ~ 20.45 ~ PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\}
 """
 HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0", "10^{10^{10}}",
