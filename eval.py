@@ -557,6 +557,9 @@ def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
 def make_toy(folder: Path, seed: int) -> None:
     """Makes a tiny Qwen3 after its warm-up, its tokenizer, train.jsonl and heldout.jsonl, once."""
     if (folder / "heldout.jsonl").exists():
+        made_with = read_json(folder / "seed.json", {"seed": seed}).get("seed")
+        if made_with != seed:
+            raise UserError(f"{folder} was made with --seed {made_with}; take another --output-dir")
         return
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -587,6 +590,7 @@ def make_toy(folder: Path, seed: int) -> None:
         rows[question] = {"problem": question, "solution": solution, "answer": str(digits[-1])}
     lines = [json.dumps(row) + "\n" for row in rows.values()]
     write_text(folder / "train.jsonl", "".join(lines[:1000]))
+    write_text(folder / "seed.json", json.dumps({"seed": seed}))
     write_text(folder / "heldout.jsonl", "".join(lines[1000:]))  # last: then all of it is there
 
 
@@ -707,9 +711,10 @@ def toy_table(args: argparse.Namespace) -> None:
         for name, flags in {"base": None, **ROWS}.items():
             steps = [f"--steps={args.steps}"] if args.steps else []
             out = folder / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
-            words = [f"--model={toy}", f"--data={toy}/train.jsonl", *TOY, f"--seed={seed}", *steps]
+            settings = [*TOY, f"--seed={seed}", *steps]
+            words = [f"--model={toy}", f"--data={toy}/train.jsonl", *settings]
             result = out / "result.json"
-            command = shlex.join([*words, *(flags or [])])
+            command = shlex.join([*settings, *(flags or [])])
             done = read_json(result, {"command": command})
             if done.get("command") != command:
                 raise UserError(f"{result} is of other settings; take another --output-dir")
@@ -780,7 +785,7 @@ def teacher(args: argparse.Namespace) -> dict[str, float]:
             right_guides.append((group.problem, group.problem.solution))
             wrong_guides.append((group.problem, wrong[0]))
     results = {"student alone": alone}
-    results["the same questions"] = [share for share in alone if share < 1]
+    results["alone, same questions"] = [share for share in alone if share < 1]
     for name, guides in {"shown the solution": right_guides,
                          "shown a wrong rollout": wrong_guides}.items():
         prompts = []
@@ -846,7 +851,7 @@ def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Con
     targets = []
     for method, strength in [("ogls", 0.0), ("pos-mean", 0.0), ("ogls", 1.0)]:
         case = replace(cfg, method=method)
-        (example,), _ = ogls.make_examples(group, read, case, strength, readers=[j])
+        (example,), _ = ogls.make_examples(group, read, case, strength, chosen=[j])
         targets.append(example.target)
     z0, zbar_plus, steered_by_1 = targets  # (T, d) each
     delta = steered_by_1 - z0  # eq. (11)

@@ -2,9 +2,9 @@
 
 To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers are v1's), to
 run on one GPU, and to fork.  A model that is shown a solution becomes a teacher for itself, but an
-over-confident one: whatever the solution is worth, being shown one makes it check less.  OGLS-SD
-shows it right answers and wrong answers and subtracts: what any shown text adds cancels, what being
-right adds remains, and the student is pulled toward it on the rollouts that it got wrong.
+over-confident one, the paper finds: whatever the solution is worth, it checks less.  OGLS-SD shows
+it right answers and wrong answers and subtracts: what any shown text adds cancels, what being right
+adds remains, and the student is pulled toward it on the rollouts that it got wrong.
 
     python ogls_sd.py --model Qwen/Qwen3-1.7B          # one GPU; --resume goes on after a stop
     python ogls_sd.py --toy --output-dir runs/toy      # any machine, minutes
@@ -205,7 +205,7 @@ class Group:
     problem: Problem
     prompt: list[int]  # the student's, P token ids
     rollouts: list[Rollout]
-    solution_tokens: list[int]  # s as a response; [] if there is none
+    solution_tokens: list[int]  # s as a response, with its EOS; nobody reads it if there is no s
 
 
 @dataclass(frozen=True)
@@ -242,26 +242,26 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     return anchor + strength * delta  # eq. (13)
 
 
-def pool_mean(pool: list[Guide | None], states: Iterable[Tensor], readers: list[int],
+def pool_mean(pool: list[Guide | None], states: Iterable[Tensor], chosen: list[int],
               exclude_self: bool = False) -> Tensor:  # (R, T, d)
     """zbar of eq. (10): mean over a pool of the states (R, T, d) that each guide gives, in float32,
-    since lambda multiplies errors.  readers: which rollouts the R rows are.  exclude_self: without
+    since lambda multiplies errors.  chosen: the numbers j of the R rollouts.  exclude_self: without
     the guide that is a rollout's own text."""
     total, count = 0.0, 0.0
     for guide, guided in zip(pool, states):  # (R, T, d)
-        shown = torch.ones(len(readers), 1, 1, device=guided.device)  # (R, 1, 1)
-        if exclude_self and guide.owner in readers:
-            shown[readers.index(guide.owner)] = 0.0
+        shown = torch.ones(len(chosen), 1, 1, device=guided.device)  # (R, 1, 1)
+        if exclude_self and guide.owner in chosen:
+            shown[chosen.index(guide.owner)] = 0.0
         total = total + shown * guided.float()  # (R, T, d)
         count = count + shown
     return total / count
 
 
 def make_examples(group: Group, read: Read, cfg: Config, strength: float,
-                  readers: list[int] | None = None) -> tuple[list[Example], str]:
+                  chosen: list[int] | None = None) -> tuple[list[Example], str]:
     """From a graded group to what the student trains on; without examples, the string says why.
 
-    readers: rollouts to make examples of, if others than --method says.
+    chosen: numbers j of the rollouts to make examples of, if others than --method says.
     """
     ys = group.rollouts
     everyone = list(range(len(ys)))
@@ -286,12 +286,12 @@ def make_examples(group: Group, read: Read, cfg: Config, strength: float,
         return reinforce(group), ""
     if cfg.method == "sft":  # log pi(s)
         return [Example(group.prompt, group.solution_tokens[: cfg.max_new_tokens], [])], ""
-    if readers is None:
-        readers = Y_minus if cfg.method in ("ogls", "pos-only") else everyone  # eq. (16)
-    read_by = [ys[j] for j in readers]
+    if chosen is None:
+        chosen = Y_minus if cfg.method in ("ogls", "pos-only") else everyone  # eq. (16)
+    rollouts = [ys[j] for j in chosen]
 
     def zbar(pool: list[Guide | None], exclude_self: bool = False) -> Tensor:  # (R, T, d), eq. (10)
-        return pool_mean(pool, read(pool, read_by), readers, exclude_self)
+        return pool_mean(pool, read(pool, rollouts), chosen, exclude_self)
 
     if cfg.method == "ogls":
         zbar_plus = zbar(P_plus)  # (R, T, d), eq. (10)
@@ -306,7 +306,7 @@ def make_examples(group: Group, read: Read, cfg: Config, strength: float,
     else:  # opsd: softmax(z(. | x, s, y_<t)), arXiv:2601.18734
         zT = zbar(solution)
     examples = []
-    for y, target in zip(read_by, zT):  # (T, d)
+    for y, target in zip(rollouts, zT):  # (T, d)
         tokens, logprobs = y.tokens[: cfg.distill_tokens], y.logprobs[: cfg.distill_tokens]
         examples.append(Example(group.prompt, tokens, logprobs, target[: len(tokens)]))
     return examples, ""
@@ -554,8 +554,7 @@ def load_model(cfg: Config) -> nn.Module:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if not lora_layers(model):
             raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
-        # On a CPU, PyTorch would copy W for each row of the slice of states that generate begins
-        # with.
+        # generate begins with a slice of states; for one, PyTorch on a CPU copies W once a row.
         head = model.get_output_embeddings()
         head.register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
@@ -689,7 +688,8 @@ def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights
             loss = exact = F.cross_entropy(logits / heat, tokens[part], reduction="none")
         (weights[part] * loss).sum().backward()
         gradient[part] = states.grad.to(hidden.dtype)
-        logp = -F.cross_entropy(logits.detach(), tokens[part], reduction="none")  # (chunk,)
+        z = logits.detach()
+        logp = z.gather(1, tokens[part, None])[:, 0] - z.logsumexp(-1)  # (chunk,)
         found.append(torch.stack([loss.detach(), exact.detach(), logp]))
     hidden.backward(gradient)
     return torch.cat(found, dim=1)
@@ -951,7 +951,8 @@ def update(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer,
     total_tokens = sum(len(example.tokens) for example in examples)  # the one denominator
     sums = Counter()
     gaps = []
-    for batch in batches(tqdm(examples, "student", leave=False, disable=None), cfg.student_tokens):
+    parts = list(batches(examples, cfg.student_tokens))
+    for batch in tqdm(parts, "student", leave=False, disable=None):
         hidden = torch.cat(student_hidden(model, batch))  # (N, d)
         tokens, weights, logprobs = [], [], []
         for example in batch:
@@ -1032,7 +1033,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: str,
          cfg: Config) -> None:
-    """Full state, written beside and renamed into place; the two newest and every 25th stay."""
+    """Full state, written beside and renamed into place.  The two newest and every --save-every-th
+    stay."""
     temporary = out / "step.tmp"
     with explained(f"cannot write {temporary}: {{reason}}; mend that, then --resume"):
         save_adapter(model, temporary, cfg)
@@ -1057,11 +1059,12 @@ def restore(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: 
             step = state["step"]
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if path.exists():
-            if not step and path.read_text().count('"step": 2,'):
-                raise UserError(f"{out} has logs of several steps, but no checkpoint to go on from")
             with explained(f"{path} is broken: {{reason}}; mend it or move it away"):
                 lines = path.read_text().split("\n")[:-1]  # a kill can cut off the last one
                 kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+                beyond_one = any(json.loads(line)["step"] > 1 for line in lines)
+            if step == 0 and beyond_one:
+                raise UserError(f"{out} has logs of several steps, but no checkpoint to go on from")
             write_text(path, "".join(kept))
     return step
 
@@ -1191,7 +1194,7 @@ def locked(path: Path) -> Iterator[None]:
     """One process a folder or a file; the lock dies with its process.  UserError if it is taken."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with explained(f"another process is writing to {path}: {{reason}}"):
+        with explained(f"another process is writing to {path}; wait for it, or take another"):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -1312,8 +1315,9 @@ RULES = [
     (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}|\*\*", ""),  # **17**
     (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
     (r"\\(?:math(?:bf|bb|cal|it)|boldsymbol|vec)\s*(?:\{([^{}]*)\}|(\w))", r" \1\2 "),
-    (r"\\text\s*\{\s*(?:tg|(?=c)c(?=tg)|)(" + FUNCTION + r"|tg)\s*\}", r"\\\1 "),
-    (r"\\tg", r"\\tan"),
+    (r"\\text\s*\{\s*(" + FUNCTION + r"|c?tg|lg)\s*\}", r"\\\1 "),  # \operatorname{tg}
+    (r"\\ctg(?![a-z])", r"\\cot"),
+    (r"\\tg(?![a-z])", r"\\tan"),
     (r"[,;]?\s*\\text\s*\{\s*(?:for|where)\b.*$|\\text\s*\{[^{}]*:\s*\}(?=\s*\S)", ""),
     (r"^(?:\\text\s*\{\s*)?(?i:yes)\s*[,.].*$", "⟨yes⟩"),  # Yes, one can
     (r"^(?:\\text\s*\{\s*)?(?i:no)\s*[,.].*$", "⟨no⟩"),
@@ -1382,6 +1386,7 @@ class Value:
     name: bool = False  # x, AB, f(2), |z|, a/b or (p, q), but not 2x, x^2 or x + y
 
 
+@lru_cache(1000)  # a gold answer comes with each of its rollouts
 def tidy(text: str) -> str:
     """One spelling for what can be written in many ways; an error if it is too long."""
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
@@ -1606,9 +1611,11 @@ def same_answer(a: str, b: str) -> bool:
             return letter == other_letter
         if letter or other_letter:
             return same_value(a_rest or a, b_rest or b)
+        if same_value(a, b):
+            return True
         a_right, b_right = right_side(a), right_side(b)
         one_equation = bool(a_right) != bool(b_right)
-        return same_value(a, b) or one_equation and same_value(a_right or a, b_right or b)
+        return one_equation and same_value(a_right or a, b_right or b)
 
 
 def grade(response: str, gold: str) -> bool:

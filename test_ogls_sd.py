@@ -301,7 +301,7 @@ def test_exclude_self_when_all_rollouts_read(world):
     targets = {}
     for exclude in (False, True):
         cfg = replace(bench.cfg, exclude_self=exclude)
-        made, _ = ogls_sd.make_examples(group, read, cfg, 2.0, readers=[0, 1, 2, 3, 4])
+        made, _ = ogls_sd.make_examples(group, read, cfg, 2.0, chosen=[0, 1, 2, 3, 4])
         targets[exclude] = [example.target for example in made]
     for j, correct in enumerate(RIGHT[0]):
         same = torch.allclose(targets[False][j], targets[True][j], atol=1e-5)
@@ -556,7 +556,8 @@ e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
 u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
 31cm ~ 31 ~ 8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.}
 5:8 ~ \frac58 ~ x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
-\mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta ~ \color{blue}{6} ~ 6
+\mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta
+\operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6
 **41** ~ 41 ~ x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
 \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
@@ -1688,7 +1689,8 @@ def test_toy_is_an_ordinary_run(toy, capsys):
     record = json.loads((toy / "config.json").read_text())
     assert record["clip"] == 0 and record["sampler"] == "hf" and record["questions"] == 3
     before = tree(toy)
-    for words, flags in (("--model", ["--model=x"]), ("--data", ["--data", "x"]), ("no", ["no"]),
+    for words, flags in (("--seed", ["--seed=7"]),
+                         ("--model", ["--model=x"]), ("--data", ["--data", "x"]), ("no", ["no"]),
                          ("--resume", [])):
         assert ogls_sd.main(["--toy", f"--output-dir={toy}", *flags]) == 2
         assert words in one_line(capsys.readouterr().err)
