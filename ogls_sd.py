@@ -1252,7 +1252,7 @@ def main(argv: list[str]) -> int:
 MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000  # of an answer, a list, an exact number
 DIGITS, LARGEST, ROUNDING = 200, sympy.Integer(10**60), 1e-120  # of numbers that are not exact
 LOCK = threading.Lock()  # sympy sets mpmath's global precision while it evaluates a function
-FUNCTION = r"(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt)"
+FUNCTION = r"(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|c?tg|cot|sec|csc|ln|lo?g|exp|sqrt)"
 NO_UNIT = (r"(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|[mb]illion|dozen|is|are|has|not|or|"
            r"and|more|less|left|right|loss|profit|BC|AD|(?:con|di)verges)|[ieNS])\b)")
 
@@ -1276,51 +1276,42 @@ def repeating(match: re.Match) -> str:
     return f"({numerator}/{10 ** len(head + tail) - 10 ** len(head)})"
 
 
-# In this order, each with an example of what it is for; spaces at the ends go before each.
+SIGNS = {  # other spellings of one sign
+    r"\left": "", r"\right": "", r"\displaystyle": "", r"\limits": "",
+    r"\big": "", r"\bigl": "", r"\bigr": "", r"\Big": "", r"\Bigl": "", r"\Bigr": "",
+    r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", "**": "",
+    r"\$": " ", "$": " ", "€": " ", "£": " ",
+    r"\quad": " ", r"\qquad": " ", r"\,": " ", r"\:": " ", r"\;": " ", "\\ ": " ", "~": " ",
+    r"\\": " , ", ";": " , ", r"\cup": " , ", "∪": " , ",
+    r"\lbrace": r"\{", r"\rbrace": r"\}", "&": ":",
+    r"\vert": "|", r"\lvert": "|", r"\rvert": "|",
+    r"\lt": "<", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", "<=": "≤",
+    r"\gt": ">", r"\ge": "≥", r"\geq": "≥", r"\geqslant": "≥", ">=": "≥",
+    r"\ne": "≠", r"\neq": "≠", "!=": "≠", r"\in": "=", "∈": "=", r"\approx": "≈",
+    r"\pm": "±", "−": "-", "–": "-", "—": "-",
+    r"\cdot": "*", r"\times": "*", "×": "*", "·": "*", "⋅": "*",
+    r"\div": "/", "÷": "/", "⁄": "/", r"\%": "%", "√": r"\sqrt",
+    r"\circ": "°", r"\degree": "°", r"\pi": "π", r"\infty": "∞",
+    r"\dots": "…", r"\ldots": "…", r"\cdots": "…", "...": "…",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac",
+    r"\dbinom": r"\binom", r"\tbinom": r"\binom",
+    r"\mbox": r"\text", r"\mathrm": r"\text", r"\operatorname": r"\text",
+    r"\textbf": r"\text", r"\textit": r"\text", r"\textrm": r"\text", r"\textnormal": r"\text"}
+# In this order, each with an example of what it is for; before each, spaces at the ends go.
 RULES = [
     (r"(?<!\\)[\s.,;]+$", ""),  # 5.
     (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
     (r"\\\\(?=\s*(?:\\end|$))|\\(?:begin|end)\s*\{cases\}", ""),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-z])|\\!|(?<!\\)\\[()\[\]]", ""),
-    (r"\\\\|;(?<!\\;)|\\cup|∪", " , "),
-    (r"\\q?quad(?![a-z])|\\[,;: ]|~|\\?\$|[€£]", " "),
-    (r"\\(?:mbox|text(?:bf|it|rm|normal)?|mathrm|operatorname\*?)(?![a-z])", r"\\text"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\d?binom", r"\\binom"),
-    (r"\\lbrace", r"\\{"),
-    (r"\\rbrace", r"\\}"),
-    (r"\\leq?(?:slant)?(?![a-z])|<=", "≤"),
-    (r"\\geq?(?:slant)?(?![a-z])|>=", "≥"),
-    (r"\\neq?(?![a-z])|!=", "≠"),
-    (r"\\lt(?![a-z])", "<"),
-    (r"\\gt(?![a-z])", ">"),
-    (r"\\in(?![a-z])|∈", "="),  # x ∈ [1, 2]
-    (r"[−–—]", "-"),
-    (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"),
-    (r"\\div(?![a-z])|[÷⁄]", "/"),
-    (r"\\pm(?![a-z])", "±"),
-    (r"\\(?:circ|degree)(?![a-z])", "°"),
-    (r"\\pi(?![a-z])", "π"),
-    (r"\\infty(?![a-z])", "∞"),
-    (r"\\[lc]?dots(?![a-z])|\.\.\.", "…"),
-    (r"\\[lr]?vert(?![a-z])", "|"),
-    (r"\\approx(?![a-z])", "≈"),
-    (r"\\%", "%"),
-    (r"√", r"\\sqrt"),
-    (r"&", ":"),
+    (r"\\[a-zA-Z]+|\\.|\.\.\.|\*\*|[<>!]=|[^\w\s]", lambda match: SIGNS.get(match[0], match[0])),
     (r"\\(begin|end)\s*\{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
-    (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
     (r"(?<![\\\w])C_(\w|\{\w+\})\s*\^\s*(\w|\{(?:[^{}]|\{[^{}]*\})*\})", r"\\binom{\1}{\2}"),
-    (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}|\*\*", ""),  # **17**
+    (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}", ""),  # \color{red}{5}
     (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
     (r"\\(?:math(?:bf|bb|cal|it)|boldsymbol|vec)\s*(?:\{([^{}]*)\}|(\w))", r" \1\2 "),
-    (r"\\text\s*\{\s*(" + FUNCTION + r"|c?tg|lg)\s*\}", r"\\\1 "),  # \operatorname{tg}
-    (r"\\ctg(?![a-z])", r"\\cot"),
-    (r"\\tg(?![a-z])", r"\\tan"),
+    (r"\\text\s*\{\s*(" + FUNCTION + r")\s*\}", r"\\\1 "),  # \operatorname{tg}
     (r"[,;]?\s*\\text\s*\{\s*(?:for|where)\b.*$|\\text\s*\{[^{}]*:\s*\}(?=\s*\S)", ""),
-    (r"^(?:\\text\s*\{\s*)?(?i:yes)\s*[,.].*$", "⟨yes⟩"),  # Yes, one can
-    (r"^(?:\\text\s*\{\s*)?(?i:no)\s*[,.].*$", "⟨no⟩"),
+    (r"^(?:\\text\s*\{\s*)?(?i:(yes|no))\s*[,.].*$", plain_word),  # Yes, one can
     (r"(?:,\s*)?\\text\s*\{([^{}]*?),?\s*\b(?:and|or)\s*\}", r"\\text{\1} , "),
     (r"(?:,\s*)?\b(?:and|or)\b(?=\s*(?:[-\d\\({]|[a-zA-Z]\b))", " , "),
     (r"(?<=[\d)}!°π])" + NO_UNIT + r"(?:[\s/]*\\text\s*" + NO_UNIT.replace(r"\W*", r"\{\W*")
@@ -1337,11 +1328,9 @@ RULES = [
     (r"(?<=\S)\s*≈.*$|\\p?mod(?![a-z]).*$", ""),  # x = 1/4 ≈ 0.3
     (r"\\(?:angle|widehat)\s*\{?\s*([A-Z]+)\s*\}?", r"⟨∠\1⟩"),
     (r"\\(?:triangle|angle|overline|bar|hat)(?![a-z])\s*", ""),
-    (r"⟨percent⟩|\bpercent\b", "%"),
-    (r"(?<![\\a-zA-Z])(pi(?![a-z])|" + FUNCTION + r"(?![a-zA-Z]))", r"\\\1"),  # sin x
-    (r"\\pi(?![a-z])", "π"),
+    (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
+    (r"(?<![\\a-zA-Z])(" + FUNCTION + r")(?![a-zA-Z])", r"\\\1"),  # sin x
     (r"\\exp", "e^"),
-    (r"\\lg", r"\\log"),
     (r"\\(sin|cos|tan)\s*\^\s*\{?\s*-\s*1\s*\}?", r"\\arc\1"),
     (r"\\lfloor(.+?)\\rfloor", r"\\floor(\1)"),
     (r"^\|(\w)\|\s*([<≤])\s*(\w+)$", r"-\3 \2 \1 \2 \3"),  # |x| < 3
@@ -1352,8 +1341,7 @@ RULES = [
     (r"(\\" + FUNCTION + r"[^a-z°,]*?)\s*\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?", r"\1(π/180)"),
     (r"(\\" + FUNCTION + r")\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),  # \sin^2 x
     (r"\\log\s*_\s*(\w|\{[^{}]*\})", r"\\product{1/\\ln \1}\\ln "),  # \log_2 x
-    (r"\\log", r"\\product{1/\\ln 10}\\ln "),
-    (r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?", "°"),
+    (r"\\lo?g", r"\\product{1/\\ln 10}\\ln "),
     (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)"),
     (r"(?<!\\)[\s.,;]+$|^=", ""),
 ]
@@ -1364,12 +1352,15 @@ TOKEN = re.compile(
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "%": sympy.Rational(1, 100),
              "°": sympy.S(1)}
 FUNCTIONS = {
-    r"\sin": sympy.sin, r"\cos": sympy.cos, r"\tan": sympy.tan, r"\cot": sympy.cot,
-    r"\sec": sympy.sec, r"\csc": sympy.csc, r"\arcsin": sympy.asin, r"\arccos": sympy.acos,
-    r"\arctan": sympy.atan, r"\sinh": sympy.sinh, r"\cosh": sympy.cosh, r"\tanh": sympy.tanh,
-    r"\ln": sympy.ln, r"\Abs": sympy.Abs, r"\floor": sympy.asinh}  # nobody writes it
-OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
-              "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
+    r"\sin": sympy.sin, r"\cos": sympy.cos, r"\tan": sympy.tan, r"\tg": sympy.tan,
+    r"\cot": sympy.cot, r"\ctg": sympy.cot, r"\sec": sympy.sec, r"\csc": sympy.csc,
+    r"\arcsin": sympy.asin, r"\arccos": sympy.acos, r"\arctan": sympy.atan,
+    r"\sinh": sympy.sinh, r"\cosh": sympy.cosh, r"\tanh": sympy.tanh,
+    r"\ln": sympy.ln, r"\Abs": sympy.Abs,
+    r"\floor": sympy.asinh}  # a stand-in that nobody writes; floors of equal numbers are equal
+OPERATIONS = {
+    "+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
+    "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
 TWO_GROUPS = {r"\frac": "/", r"\product": "*", r"\power": "^", r"\binom": r"\binom"}
 INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
