@@ -401,55 +401,56 @@ def evaluate(args: argparse.Namespace) -> None:
         write_text(summary_of(output), json.dumps({**summary, "settings": settings}))
         done = read_responses(output, cfg.rollouts)
         checkpoints = list(adapters) if args.no_base else [None, *adapters]
-        todo = missing_questions(problems, checkpoints, done)
+        have = {(row["checkpoint"], row["set"], row["question"]) for row in done}
+        todo = {}
+        for checkpoint in checkpoints:
+            batches = missing_batches(str(checkpoint or "base"), problems, have, cfg.sampler)
+            if batches:
+                todo[checkpoint] = batches
         if todo:
-            sample_missing(cfg, tokenizer, eos, todo, output, args.tensor_parallel_size or 1)
+            end_last_line(output)
+            sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
+            for checkpoint, batches in todo.items():
+                for batch in batches:
+                    sample_batch(sampler, cfg, tokenizer, checkpoint, problems, batch, have, output)
         report(output, settings, read_responses(output, cfg.rollouts))
 
 
-def missing_questions(problems: dict, checkpoints: list, done: list[dict]) -> dict:
-    """Problems by checkpoint, then by (set, question), that have no responses yet."""
-    have = {(row["checkpoint"], row["set"], row["question"]) for row in done}
-    todo = {}
-    for checkpoint in checkpoints:
-        part = {}
-        for (name, i), problem in problems.items():
-            if (str(checkpoint or "base"), name, i) not in have:
-                part[name, i] = problem
-        if part:
-            todo[checkpoint] = part
-    return todo
+def missing_batches(checkpoint: str, problems: dict, have: set, sampler: str) -> list[list[tuple]]:
+    """Keys (set, question) without responses, in batches.  All sets go into vLLM together: the wait
+    for the longest ones is paid once.  With generate a batch is eight questions of a set, sampled
+    anew as a whole, because samples must not depend on where a run was killed."""
+    missing = [key for key in problems if (checkpoint, *key) not in have]
+    if sampler == "vllm":
+        return [missing] if missing else []
+    batches = {}
+    for name, i in problems:
+        batches.setdefault((name, i // 8), []).append((name, i))
+    return [batch for batch in batches.values() if set(batch) & set(missing)]
 
 
-def sample_missing(cfg: Config, tokenizer, eos: list[int], todo: dict, output: Path,
-                   gpus: int) -> None:
-    """Appends responses to --output.  All sets go into vLLM together: the wait for the longest ones
-    is paid once.  With generate each question is a batch of its own, because its samples must not
-    depend on where a run was killed."""
+def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int):
     if cfg.sampler == "vllm":
-        sampler = ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sampler = ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
-    end_last_line(output)
-    for checkpoint, part in todo.items():
-        keys = list(part)
-        prompts, seeds = [], []
-        for name, i in keys:
-            question = part[name, i].question
-            prompts.append(ogls.student_prompt(tokenizer, question, cfg.thinking))
-            seeds.append(random.Random(f"{cfg.seed}/{name}/{i}").getrandbits(31))
-        at_once = 1 if cfg.sampler == "hf" else len(keys)
-        done = 0
-        for start in range(0, len(keys), at_once):
-            stop = start + at_once
-            sampled = sampler.sample(prompts[start:stop], seeds[start:stop], checkpoint, cfg)
-            for i, rollouts in sampled:
-                key = keys[start + i]
-                append_responses(output, str(checkpoint or "base"), key, part[key], rollouts)
-                done += 1
-                if done % 10 == 0 or done == len(keys):
-                    say(f"{checkpoint or 'base'}: {done} of {len(keys)} questions")
+        return ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
+
+
+def sample_batch(sampler, cfg: Config, tokenizer, checkpoint: Path | None, problems: dict,
+                 keys: list[tuple], have: set, output: Path) -> None:
+    """Appends the responses of a checkpoint to --output, question by question."""
+    name = str(checkpoint or "base")
+    prompts, seeds = [], []
+    for key in keys:
+        prompts.append(ogls.student_prompt(tokenizer, problems[key].question, cfg.thinking))
+        seeds.append(random.Random(f"{cfg.seed}/{key[0]}/{key[1]}").getrandbits(31))
+    for i, rollouts in sampler.sample(prompts, seeds, checkpoint, cfg):
+        if (name, *keys[i]) not in have:
+            append_responses(output, name, keys[i], problems[keys[i]], rollouts)
+            have.add((name, *keys[i]))
+            done = sum((name, *key) in have for key in problems)
+            if done % 10 == 0 or done == len(problems):
+                say(f"{name}: {done} of {len(problems)} questions")
 
 
 def append_responses(output: Path, checkpoint: str, key: tuple, problem: ogls.Problem,
