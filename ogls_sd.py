@@ -829,7 +829,7 @@ def train(cfg: Config) -> None:
     tokenizer, eos = load_tokenizer(cfg)
     problems = choose_problems(cfg, tokenizer)
     model = load_model(cfg)
-    record = describe_run(cfg, tokenizer, problems, model, before)
+    record = describe_run(cfg, tokenizer, eos, problems, model, before)
     prove_steering(model, cfg)
     sampler = HFSampler(model, tokenizer, eos)
     if cfg.sampler == "vllm":
@@ -861,7 +861,8 @@ def train(cfg: Config) -> None:
             read = make_reader(model, tokenizer, group, cfg)
             made, reason = make_examples(group, read, cfg, strength)
             examples += made
-            skipped.update([reason] if reason else [])
+            if reason:
+                skipped[reason] += 1
         taught = time.perf_counter()
 
         # ---- Student, eqs. (15)-(16) -------------------------------------------------------------
@@ -901,11 +902,13 @@ def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapte
     rollouts = dict(tqdm(sampled, "sampling", len(problems), leave=False, disable=None))
     groups = []
     for i, problem in enumerate(problems):
+        graded = []
         for y in rollouts[i]:
-            y.correct = y.finished and grade(y.text, problem.answer)  # a cut one is wrong [us]
+            correct = y.finished and grade(y.text, problem.answer)  # a cut one is wrong [us]
+            graded.append(replace(y, correct=correct))
         solution = plain_text(tokenizer, problem.solution)
         tokens = tokenizer.encode(solution, add_special_tokens=False) + sampler.eos[:1]
-        groups.append(Group(problem, prompts[i], rollouts[i], tokens))
+        groups.append(Group(problem, prompts[i], graded, tokens))
     return groups
 
 
@@ -1135,16 +1138,19 @@ def read_record(cfg: Config) -> dict:
     return {}
 
 
-def describe_run(cfg: Config, tokenizer, problems: list[Problem], model: nn.Module,
-                 before: dict) -> dict:
+def describe_run(cfg: Config, tokenizer, eos: list[int], problems: list[Problem],
+                 model: nn.Module, before: dict) -> dict:
     """What config.json says of a run.  UserError if --resume changes more than it may."""
     say(f"training LoRA on these projections: {dict(count_modules(model))}")
     prompts = [student_prompt(tokenizer, p.question, cfg.thinking) for p in problems]
     data = json.dumps([prompts, [asdict(problem) for problem in problems]])
     packages = (torch, transformers, datasets, sympy)
     record = {
-        **asdict(cfg), "run": before.get("run", os.urandom(8).hex()),
-        "data_hash": hashlib.sha256(data.encode()).hexdigest(), "weights_hash": fingerprint(model),
+        **asdict(cfg),
+        "run": before.get("run", os.urandom(8).hex()),
+        "eos": eos,
+        "data_hash": hashlib.sha256(data.encode()).hexdigest(),
+        "weights_hash": fingerprint(model),
         "versions": {package.__name__: package.__version__ for package in packages}}
     for name, now in record.items():
         was = before.get(name, now)
@@ -1265,6 +1271,10 @@ def name_in(match: re.Match) -> str:
     return f" ⟨{text.lower().replace('.', '')}⟩ "
 
 
+def one_sign(match: re.Match) -> str:
+    return SIGNS.get(match[0], match[0])
+
+
 def plain_word(match: re.Match) -> str:
     return f" ⟨{match[1].lower()}⟩ "
 
@@ -1302,7 +1312,7 @@ RULES = [
     (r"(?<!\\)[\s.,;]+$", ""),  # 5.
     (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
     (r"\\\\(?=\s*(?:\\end|$))|\\(?:begin|end)\s*\{cases\}", ""),
-    (r"\\[a-zA-Z]+|\\.|\.\.\.|\*\*|[<>!]=|[^\w\s]", lambda match: SIGNS.get(match[0], match[0])),
+    (r"\\[a-zA-Z]+|\\.|\.\.\.|\*\*|[<>]=|(?<![\d)}])!=|[^\w\s]", one_sign),
     (r"\\(begin|end)\s*\{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
     (r"(?<![\\\w])C_(\w|\{\w+\})\s*\^\s*(\w|\{(?:[^{}]|\{[^{}]*\})*\})", r"\\binom{\1}{\2}"),

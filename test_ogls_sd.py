@@ -562,6 +562,7 @@ u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
 \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
 \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
+5!=120 ~ 120
 C_n^2 ~ \binom{n}{2} ~ \left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
 """
 DIFFERENT = r"""
@@ -984,6 +985,7 @@ def sympy_version():
     (lambda run, model: shutil.copy(model / "config.json", run), "did not write it"),
     (lambda run, model: [shutil.rmtree(f) for f in ogls_sd.checkpoints(run)], "no checkpoint"),
     (lambda run, model: edit_weights(model), "weights_hash"),
+    (lambda run, model: other_eos(model), "eos"),
     (lambda run, model: write_rows(model / "train.jsonl", toy_rows(11)), "data_hash")])
 def test_what_a_resumed_run_must_not_meet(broken, named, world, unbroken, tmp_path, capfd):
     shutil.copytree(world, tmp_path / "model")
@@ -1003,6 +1005,10 @@ def newest(run, name):
 def change_run(run):
     state = torch.load(newest(run, "trainer_state.pt"))
     torch.save({**state, "run": "other"}, newest(run, "trainer_state.pt"))
+
+
+def other_eos(model):
+    (model / "generation_config.json").write_text('{"eos_token_id": 5}')
 
 
 def edit_weights(model):
@@ -1867,7 +1873,7 @@ def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkey
     def sample(sampler, tokenizer, problems, step, adapter, cfg):
         groups = real_groups(sampler, tokenizer, problems, step, adapter, cfg)
         for group in groups:
-            group.rollouts[0].correct = True
+            group.rollouts[0] = replace(group.rollouts[0], correct=True)
             texts[group.problem.question] = [y.text for y in group.rollouts]
         return groups
 
