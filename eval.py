@@ -985,8 +985,8 @@ def premise_distances(logits: Tensor) -> dict[str, float]:
 
 
 # ==== Word problems for small real models: --word-problems ========================================
-# The toy's question put to pretrained weights: a product can be said at once or taken apart, which a
-# small model gets right more often.  The warm-up shows both manners; the solutions are all short.
+# The toy's question, put to pretrained weights: a product can be said at once or taken apart, which
+# a small model gets right more often.  The warm-up shows both manners; the solutions are short.
 
 
 def word_problems(args: argparse.Namespace) -> None:
