@@ -1404,7 +1404,7 @@ def tokenise(text: str) -> list[str]:
     """Numbers, names, commands and signs; an answer with ± becomes a list of two."""
     if "±" in text:
         text = text.replace("±", "+") + "," + text.replace("±", "-")
-    tokens = TOKEN.findall(text)
+    tokens = TOKEN.findall(re.sub(r"\)\s*(?=\d)", ")*", text))  # (n - 2) 2^n
     return [re.sub(r"[{}\s]", "", t) if len(t) > 2 and t[0] != "⟨" else t for t in tokens]
 
 
@@ -1547,7 +1547,8 @@ def same(x: Value, y: Value) -> bool:
 
 def choice(text: str) -> tuple[str, str]:
     """The letter of a choice such as B, (B), B. 7 or (B) 7, and what stands behind it."""
-    for pattern in (r"\(?([A-J])\)?()", r"\(([A-J])\)\s*(.+)", r"([A-J])\s*[.):]\s*(.+)"):
+    a_letter, one_with_text = r"\(?([A-J])\)?()", r"\(([A-J])\)\s*((?!.*\([A-J]\)).+)"
+    for pattern in (a_letter, one_with_text, r"([A-J])\s*[.):]\s*(.+)"):
         match = re.fullmatch(pattern, text)
         if match:
             return match[1], match[2]
