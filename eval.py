@@ -7,7 +7,7 @@
     python eval.py --teacher 20 --model M --data D     # what a guide adds: no gap, no gain
     python eval.py --inspect 3 --adapter runs/toy/step_000040   # inside the steered target, HTML
     python eval.py --premise --model M                 # digit prompts of the paper's appendix A
-    python eval.py --word-problems DIR                 # small sets: warmup, train, heldout
+    python eval.py --word-problems DIR                 # a small problem set: train, heldout
 
 Scoring uses the prompt of training (OPSD scored with another), and a response that is cut off is
 wrong.  Each question's responses are appended to --output as it finishes; the same command goes on
@@ -985,46 +985,40 @@ def premise_distances(logits: Tensor) -> dict[str, float]:
 
 
 # ==== Word problems for small real models: --word-problems ========================================
-# The toy's question, put to pretrained weights: a product can be said at once or taken apart, which
-# a small model gets right more often.  The warm-up shows both manners; the solutions are short.
 
 
 def word_problems(args: argparse.Namespace) -> None:
-    """Writes warmup, train and heldout.jsonl, apart from each other; the same for one --seed."""
-    folder, rng = args.word_problems, random.Random(args.seed or 0)
+    """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
+    rng = random.Random(args.seed or 0)
     rows = {}
-    while len(rows) < 664:
-        row = word_problem(rng, checks=len(rows) < 200 and rng.random() < 0.4)
+    while len(rows) < 464:
+        row = word_problem(rng)
         rows[row["problem"]] = row
     lines = [json.dumps(row) + "\n" for row in rows.values()]
-    parts = {"warmup": lines[:200], "train": lines[200:600], "heldout": lines[600:]}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in parts:
-        if (folder / f"{name}.jsonl").exists():
-            raise UserError(f"{folder} has a {name}.jsonl already; take another folder")
-    for name, part in parts.items():
-        write_text(folder / f"{name}.jsonl", "".join(part))
-        say(f"wrote {len(part)} problems to {folder}/{name}.jsonl")
+    args.word_problems.mkdir(parents=True, exist_ok=True)
+    files = [args.word_problems / "train.jsonl", args.word_problems / "heldout.jsonl"]
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists already; take another folder")
+    write_text(files[0], "".join(lines[:400]))
+    write_text(files[1], "".join(lines[400:]))
+    say(f"wrote 400 and 64 problems to {args.word_problems}")
 
 
-def word_problem(rng: random.Random, checks: bool) -> dict[str, str]:
-    """A product and a sum, with a short written solution, or one that takes the product apart."""
+def word_problem(rng: random.Random) -> dict[str, str]:
+    """Two products and their sum, with a short written solution."""
     name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
     thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
-    boxes, tens, ones = rng.randint(12, 49), 10 * rng.randint(1, 4), rng.randint(2, 9)
-    loose = rng.randint(11, 99)
-    in_box = tens + ones
-    product = boxes * in_box
-    steps = f"{boxes} * {in_box} = {product}. "
-    if checks:
-        steps = (f"Let me check: {boxes} * {tens} = {boxes * tens}. {boxes} * {ones} = "
-                 f"{boxes * ones}. {boxes * tens} + {boxes * ones} = {product}. ")
+    boxes, in_box = rng.randint(12, 19), rng.randint(13, 39)
+    bags, in_bag = rng.randint(6, 12), rng.randint(13, 39)
+    first, second = boxes * in_box, bags * in_bag
     return {
-        "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {loose} {thing} "
-                   f"more. How many {thing} does {name} have in all?",
-        "solution": f"{steps}{product} + {loose} = {product + loose}. "
-                    f"The answer is \\boxed{{{product + loose}}}.",
-        "answer": str(product + loose)}
+        "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {bags} bags with "
+                   f"{in_bag} {thing} in each. How many {thing} does {name} have in all?",
+        "solution": f"{boxes} * {in_box} = {first}. {bags} * {in_bag} = {second}. "
+                    f"{first} + {second} = {first + second}. "
+                    f"The answer is \\boxed{{{first + second}}}.",
+        "answer": str(first + second)}
 
 
 # ==== Main ========================================================================================

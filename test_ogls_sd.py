@@ -1764,24 +1764,16 @@ def test_table_goes_on_where_it_was_killed(toy, tmp_path, monkeypatch, capsys):
 def test_word_problems_are_right_seeded_and_apart(tmp_path):
     for name in ("a", "b"):
         assert scorer.main([f"--word-problems={tmp_path}/{name}", "--seed=3"]) == 0
-    questions, checks = [], {}
-    for name, count in (("warmup", 200), ("train", 400), ("heldout", 64)):
-        files = [tmp_path / folder / f"{name}.jsonl" for folder in ("a", "b")]
-        assert files[0].read_text() == files[1].read_text()
-        problems, _ = ogls_sd.load_problems(str(files[0]))
-        assert len(problems) == count
-        questions += [problem.question for problem in problems]
-        checks[name] = sum("Let me check" in problem.solution for problem in problems)
-        for problem in problems:
-            boxes, in_box, loose = map(int, re.findall(r"\d+", problem.question))
-            assert int(problem.answer) == boxes * in_box + loose
-            assert ogls_sd.grade(problem.solution, problem.answer)
-            for left, sign, right, result in re.findall(r"(\d+) ([*+]) (\d+) = (\d+)",
-                                                        problem.solution):
-                left, right = int(left), int(right)
-                assert int(result) == (left * right if sign == "*" else left + right)
-    assert len(set(questions)) == 664
-    assert 60 < checks["warmup"] < 100 and checks["train"] == checks["heldout"] == 0
+    files = [(tmp_path / name / "train.jsonl").read_text() for name in ("a", "b")]
+    assert files[0] == files[1]
+    train, _ = ogls_sd.load_problems(f"{tmp_path}/a/train.jsonl")
+    heldout, _ = ogls_sd.load_problems(f"{tmp_path}/a/heldout.jsonl")
+    assert len(train) == 400 and len(heldout) == 64
+    assert not {p.question for p in train} & {p.question for p in heldout}
+    for problem in train[:50]:
+        a, b, c, d = map(int, re.findall(r"\d+", problem.question))
+        assert int(problem.answer) == a * b + c * d
+        assert ogls_sd.grade(problem.solution, problem.answer)
     assert scorer.main([f"--word-problems={tmp_path}/a"]) == 2
 
 
