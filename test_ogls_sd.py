@@ -387,8 +387,7 @@ def test_batches_keep_the_budget():
 
 
 def test_what_is_kept_in_memory(world):
-    """The teacher's budget, the head's chunk, and the student's layers, which run again in the
-    backward pass instead of keeping their activations."""
+    """The student's layers run again in the backward pass: their activations are not kept."""
     bench = Bench(world, head_chunk=4)
     batches, layers, logits = [], [], []
     base = bench.model.base_model
@@ -406,8 +405,7 @@ def test_what_is_kept_in_memory(world):
 
 @pytest.mark.parametrize("method", ["ogls", "grpo"])
 def test_what_a_step_logs(method, world):
-    """The mean difference to the sampler's log probabilities, gradients before they are clipped to
-    their norm, and the KL without its own clip."""
+    """The gap to the sampler, the norm before gradients are clipped, the KL without its clip."""
     bench = Bench(world, method=method, clip=0.001, max_grad_norm=1e-3).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
     for y in group.rollouts:
@@ -572,7 +570,11 @@ def cases(table: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("a, b", cases(EQUAL))
 def test_equal(a, b):
+    """In either order, and with either of them written another way."""
     assert ogls_sd.same_answer(a, b) and ogls_sd.same_answer(b, a)
+    for text in (a, b):
+        for other in (text.replace(r"\frac", r"\dfrac"), f"\\,{text}\\; ", text + ".", f"${text}$"):
+            assert ogls_sd.same_answer(text, other), other
 
 
 @pytest.mark.parametrize("a, b", cases(DIFFERENT))
@@ -587,13 +589,6 @@ def test_hostile(text):
     assert not ogls_sd.same_answer(text, r"\sqrt2 x")
     assert isinstance(ogls_sd.comparable(text), bool)
     assert time.perf_counter() - start < 1
-
-
-@pytest.mark.parametrize("answer", [side for pair in cases(EQUAL) for side in pair])
-def test_same_when_written_another_way(answer):
-    others = [answer.replace(r"\frac", r"\dfrac"), f"\\,{answer}\\; ", answer + ".", f"${answer}$"]
-    for other in others:
-        assert ogls_sd.same_answer(answer, other), other
 
 
 def test_extraction_and_threads():
@@ -646,10 +641,6 @@ def test_adapter_in_peft_gives_the_trainers_logits(world, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     torch.testing.assert_close(theirs(ids).logits, bench.model(ids).logits, rtol=1e-4, atol=1e-4)
-    other = Bench(world)
-    ogls_sd.load_adapter(other.model, tmp_path / "adapter")
-    for a, b in zip(bench.adapter.values(), other.adapter.values(), strict=True):
-        assert torch.equal(a, b)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert set(config["target_modules"]) == set(ogls_sd.LORA_TARGETS)
     with pytest.raises(UserError, match="does not fit"):
@@ -1402,7 +1393,8 @@ score --tensor-parallel-size=-1 | --tensor; score --output= | empty;
 --plot run | metrics.jsonl; --plot dora | metrics.jsonl;
 --toy-table --temperature=1 | --temperature; --toy-table --seeds=0 | --seeds;
 --inspect=0 | --inspect; --inspect=1 --k=2 | --k; --inspect=1 --lr=1 | --lr;
---premise --data=a.jsonl | --data; --plot run --premise | --plot; --unknown=1 | unknown""".replace("\n", " ")
+--premise --data=a.jsonl | --data; --plot run --premise | --plot;
+--unknown=1 | unknown""".replace("\n", " ")
 
 
 def test_what_scoring_refuses(scoring, capsys):
@@ -1425,11 +1417,20 @@ def test_what_scoring_refuses(scoring, capsys):
         assert scorer.main(flags) == 2, row
         assert words in one_line(capsys.readouterr().err), row
         assert tree(Path(".")) == before, row
+    with ogls_sd.locked(Path("o.jsonl")):
+        assert scorer.main([*scoring, "--output=o.jsonl"]) == 2
+    assert "another process" in one_line(capsys.readouterr().err)
 
 
 def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
-    rows = [response(0, 0, "1", True), response(0, 1, "1", True), response(1, 0, "2", False)]
-    path = Path(write_rows(tmp_path / "o.jsonl", rows))
+    """Of two questions, the first with a right response and one that was cut off, so wrong."""
+    path = tmp_path / "o.jsonl"
+    right = Rollout([1, 2], "\\boxed{4}", True, [])
+    for question, rollouts in enumerate([[right, replace(right, finished=False)], [right]]):
+        scorer.append_responses(path, "base", ("s", question), Problem("2 + 2?", "4"), rollouts)
+    rows = scorer.read_responses(path)
+    found = [(row["correct"], row["finish_reason"], row["answer"]) for row in rows]
+    assert found == [(True, "stop", "4"), (False, "length", "4")]
     assert scorer.main([f"--regrade={path}"]) == 0
     assert len(path.read_text().split("\n")) == 3 + 1
     for name, value in (("text", 5), ("length", "long"), ("sample", []), ("question", {}),
@@ -1438,13 +1439,6 @@ def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
         capsys.readouterr()
         assert scorer.main([f"--regrade={path}"]) == 2
         assert name in one_line(capsys.readouterr().err)
-
-
-def test_one_process_an_output(scoring, capsys):
-    Path("o.jsonl").touch()
-    with ogls_sd.locked(Path("o.jsonl")):
-        assert scorer.main([*scoring, "--output=o.jsonl"]) == 2
-    assert "another process" in one_line(capsys.readouterr().err)
 
 
 # ==== eval.py: the toy, and a look inside ========================================================
@@ -1587,16 +1581,6 @@ def test_word_problems_are_right_seeded_and_apart(tmp_path):
         assert int(problem.answer) == a * b + c * d
         assert ogls_sd.grade(problem.solution, problem.answer)
     assert scorer.main([f"--word-problems={tmp_path}/a"]) == 2
-
-
-def test_a_cut_response_is_wrong_when_scored(tmp_path):
-    right = Rollout([1, 2], "\\boxed{4}", True, [])
-    cut = replace(right, finished=False)
-    scorer.append_responses(tmp_path / "o.jsonl", "base", ("s", 0), Problem("2 + 2?", "4"),
-                            [right, cut])
-    rows = scorer.read_responses(tmp_path / "o.jsonl")
-    found = [(row["correct"], row["finish_reason"], row["answer"]) for row in rows]
-    assert found == [(True, "stop", "4"), (False, "length", "4")]
 
 
 def test_premise_asks_the_model_itself(world):
