@@ -193,9 +193,8 @@ def toy_rows(count, seed=0):
     for _ in range(count):
         operations = rng.choices(scorer.OPERATIONS, k=2)
         digits = scorer.toy_steps(rng.randrange(10), operations)
-        solution = scorer.toy_answer(rng, digits, operations, checks=True)
-        question = scorer.toy_question(digits, operations)
-        rows.append({"problem": question, "solution": solution, "answer": str(digits[-1])})
+        rows.append({"problem": scorer.toy_question(digits, operations), "answer": str(digits[-1]),
+                     "solution": scorer.toy_answer(rng, digits, operations, checks=True)})
     return rows
 
 
@@ -243,9 +242,9 @@ class Bench:
         solution = self.tokenizer.encode(problem.solution) + self.eos[:1]
         return Group(problem, prompt, rollouts, solution)
 
-    def examples(self, group, strength=1.7, **changes):
+    def examples(self, group, chosen=None, **changes):
         read = ogls_sd.make_reader(self.model, self.tokenizer, group, self.cfg)
-        return ogls_sd.make_examples(group, read, replace(self.cfg, **changes), strength)
+        return ogls_sd.make_examples(group, read, replace(self.cfg, **changes), 1.7, chosen)
 
     def update(self, examples):
         """Metrics and gradients of a step that is not taken."""
@@ -301,9 +300,7 @@ def test_a_step_equals_the_naive_equations(method, changes, tied, tmp_path):
         examples += made
         groups.append((problem, [(y.tokens, y.text, y.correct) for y in group.rollouts]))
     learned, gradients = bench.update(examples)
-    adapter = {}
-    for name, tensor in bench.adapter.items():
-        adapter[name] = tensor.detach().clone().requires_grad_()
+    adapter = {name: tensor.detach().requires_grad_() for name, tensor in bench.adapter.items()}
     naive = NaiveModel(folder, bench.tokenizer)
     loss, wanted = naive_step(naive, adapter, groups, bench.cfg, 1.7)
     assert learned["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
@@ -315,13 +312,10 @@ def test_exclude_self_when_all_rollouts_read(world):
     """A right rollout has no guide in P-: nothing is left out for it, whatever its place."""
     bench = Bench(world).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
-    read = ogls_sd.make_reader(bench.model, bench.tokenizer, group, bench.cfg)
-    targets = []
-    for exclude in (False, True):
-        cfg = replace(bench.cfg, exclude_self=exclude)
-        made, _ = ogls_sd.make_examples(group, read, cfg, 2.0, chosen=[0, 1, 2, 3, 4])
-        targets.append(made)
-    for with_it, without, correct in zip(*targets, RIGHT[0], strict=True):
+    everyone = [0, 1, 2, 3, 4]
+    all_guides, _ = bench.examples(group, chosen=everyone)
+    others, _ = bench.examples(group, chosen=everyone, exclude_self=True)
+    for with_it, without, correct in zip(all_guides, others, RIGHT[0], strict=True):
         assert torch.allclose(with_it.target, without.target, atol=1e-5) == correct
 
 
@@ -340,21 +334,20 @@ def test_divergence_by_hand(settings, wanted):
     assert not found.requires_grad  # it reaches the student alone
 
 
-@pytest.mark.parametrize("changes, texts, right, reason", [
-    ({}, 2, [True, True], "no wrong rollout"),
-    ({"method": "opsd", "solution": ""}, 2, [True, False], "no solution"),
-    ({"solution": ""}, 2, [False, False], "no right rollout and no solution"),
-    ({"exclude_self": True}, 2, [True, False], "no wrong rollout but y_j itself"),
-    ({"method": "grpo"}, 2, [True, True], "no wrong rollout"),
-    ({"method": "grpo"}, 2, [False, False], "no right rollout"),
-    ({"method": "sft", "solution": ""}, 2, [True, False], "no solution"),
-    ({}, 2, [False, False], ""), ({"method": "pos-mean"}, 2, [True, True], ""),
-    ({"exclude_self": True}, 3, [False, True, False], "")])
-def test_which_questions_are_skipped_and_why(world, changes, texts, right, reason):
+@pytest.mark.parametrize("changes, solution, right, reason", [
+    ({}, "4", [True, True], "no wrong rollout"),
+    ({"method": "opsd"}, "", [True, False], "no solution"),
+    ({}, "", [False, False], "no right rollout and no solution"),
+    ({"exclude_self": True}, "4", [True, False], "no wrong rollout but y_j itself"),
+    ({"method": "grpo"}, "4", [True, True], "no wrong rollout"),
+    ({"method": "grpo"}, "4", [False, False], "no right rollout"),
+    ({"method": "sft"}, "", [True, False], "no solution"),
+    ({}, "4", [False, False], ""), ({"method": "pos-mean"}, "4", [True, True], ""),
+    ({"exclude_self": True}, "4", [False, True, False], "")])
+def test_which_questions_are_skipped_and_why(world, changes, solution, right, reason):
     bench = Bench(world)
-    changes = dict(changes)
-    problem = replace(PROBLEMS[0], solution=changes.pop("solution", PROBLEMS[0].solution))
-    made, why = bench.examples(bench.group(problem, TEXTS[0][:texts], right), **changes)
+    group = bench.group(replace(PROBLEMS[0], solution=solution), TEXTS[0], right)
+    made, why = bench.examples(group, **changes)
     assert why == reason and bool(made) == (reason == "")
 
 
@@ -865,24 +858,17 @@ def test_sigkill_at_random_moments(world, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_keep_the_last_checkpoint(number, world, unbroken, tmp_path):
+def test_signals_keep_the_last_checkpoint(number, world, unbroken, tmp_path, capfd):
+    """Before that no other process may write there; the lock dies with its process."""
     process = start(world, tmp_path)
     wait_for((tmp_path / "metrics.jsonl").exists, process)
+    assert call(world, tmp_path, "--resume") == 2
+    assert "another process" in one_line(capfd.readouterr().err)
     process.send_signal(number)
     assert process.communicate()[1].endswith("training with --resume\n")
     assert process.returncode == 130
     assert call(world, tmp_path, "--resume") == 0
     same_run(tmp_path, unbroken)
-
-
-def test_one_process_a_folder(world, tmp_path, capfd):
-    first = start(world, tmp_path)
-    wait_for((tmp_path / "config.json").exists, first)
-    assert call(world, tmp_path, "--resume") == 2
-    assert "another process" in one_line(capfd.readouterr().err)
-    first.kill()
-    first.wait()
-    assert call(world, tmp_path, "--resume") == 0  # the lock died with its process
 
 
 def test_a_moved_run_goes_on_and_a_finished_one_says_so(world, unbroken, tmp_path, capsys):
@@ -1130,8 +1116,9 @@ OTHER = """--kl=reverse --clip=0.1 --strength=2 --ramp-steps=5 --temperature=1 -
 
 @pytest.mark.parametrize("flag", OTHER)
 def test_a_resumed_run_changes_no_setting_that_is_learnt_with(flag, world, unbroken, capfd):
+    name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
     assert call(world, unbroken, "--resume", flag) == 2
-    assert "must not change" in one_line(capfd.readouterr().err)
+    assert f"must not change {name} (was" in one_line(capfd.readouterr().err)
 
 
 class Recorder:
@@ -1298,18 +1285,14 @@ def test_score_by_hand():
             response(2, 0, None, False), response(2, 1, "1", False, finish="length"),  # m_2 = 0
             response(3, 0, "3", False), response(3, 1, "2", False, length=30, text="no Hold on")]
     better = [{**row, "checkpoint": "step", "correct": True} for row in rows]
-    table = scorer.score(rows + better).set_index("checkpoint")
-    row = table.loc["base"]
-    assert row["questions"] == 4 and row["mean@k"] == 37.5
-    # squares of 62.5, 12.5, -37.5, -37.5 add up to 6875; / (4 * 3), root
-    assert row["s.e."] == pytest.approx((6875 / 12) ** 0.5)
-    assert row["pass@1"] == 37.5 and row["pass@2"] == 50
-    assert row["maj@2"] == (100 + 50 + 0 + 0) / 4
-    assert row["cut off"] == 12.5 and row["no box"] == 12.5 and row["length"] == 100 / 8
-    assert row["markers"] == 1000 * 8 / 100
-    assert math.isnan(row["vs base"])
-    assert table.loc["step", "vs base"] == (0 + 50 + 100 + 100) / 4
-    assert table.loc["step", "verdict"] == "differs"
+    base, step = scorer.score(rows + better).to_dict("records")
+    # s.e.: squares of 62.5, 12.5, -37.5, -37.5 add up to 6875; / (4 * 3), root
+    wanted = {"set": "s", "checkpoint": "base", "questions": 4, "mean@k": 37.5, "pass@1": 37.5,
+              "pass@2": 50, "maj@2": (100 + 50 + 0 + 0) / 4, "cut off": 12.5, "no box": 12.5,
+              "length": 100 / 8, "markers": 1000 * 8 / 100, "s.e.": (6875 / 12) ** 0.5}
+    assert {name: base[name] for name in wanted} == pytest.approx(wanted)
+    assert math.isnan(base["vs base"])
+    assert step["vs base"] == (0 + 50 + 100 + 100) / 4 and step["verdict"] == "differs"
 
 
 def test_paired_difference():
@@ -1327,12 +1310,10 @@ def test_premise_by_hand():
     logits[0, 6] = 30.0
     for x in range(10):
         logits[1 + x, x] = 30.0
-    found = scorer.premise_distances(logits)
-    assert found["uniform mixture"] == pytest.approx(0.9)
-    assert found["q(6) = 0.9 (paper: 0.687)"] == pytest.approx(0.1)
-    assert found["q(0) = q(9) = 0.5 (paper: 0.575)"] == pytest.approx(1.0)
-    assert found["average of logits"] == pytest.approx(0.9)
-    assert found["weighted by the plain distribution"] == pytest.approx(0.0, abs=1e-6)
+    assert scorer.premise_distances(logits) == pytest.approx({
+        "uniform mixture": 0.9, "q(6) = 0.9 (paper: 0.687)": 0.1,
+        "q(0) = q(9) = 0.5 (paper: 0.575)": 1.0, "average of logits": 0.9,
+        "weighted by the plain distribution": 0.0}, abs=1e-6)
 
 
 # ==== eval.py: files that survive, flags that are refused ========================================
