@@ -1640,20 +1640,27 @@ def full_logits_loss(hidden, target, tokens, weights, head, cfg):
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
     """Bytes of the tensors made inside and alive at one time, at their highest (CPU)."""
 
-    now = peak = 0
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                self.known.add(x.untyped_storage()._cdata)  # there before
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
-                self.count(x.untyped_storage().nbytes())
-                weakref.finalize(x.untyped_storage(), self.count, -x.untyped_storage().nbytes())
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
         return out
 
-    def count(self, size):
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
 
 
 def synchronize():
