@@ -42,7 +42,7 @@ from torch import Tensor, nn
 # ==== Files that this program wrote ===============================================================
 
 
-def read_object(text: str, types: dict[str, type]) -> dict:
+def read_object(text: str, types: dict) -> dict:
     """A JSON object that has values of these types; else ValueError."""
     found = json.loads(text)
     for name, kind in types.items():
@@ -51,7 +51,7 @@ def read_object(text: str, types: dict[str, type]) -> dict:
     return found
 
 
-def read_json(file: Path, types: dict[str, type]) -> dict:
+def read_json(file: Path, types: dict) -> dict:
     """What the file holds, {} if there is none.  UserError if it is foreign."""
     if not file.exists():
         return {}
@@ -59,7 +59,7 @@ def read_json(file: Path, types: dict[str, type]) -> dict:
         return read_object(file.read_text(), types)
 
 
-def read_lines(file: Path, types: dict[str, type]) -> list[dict]:
+def read_lines(file: Path, types: dict) -> list[dict]:
     """The rows of a .jsonl file, [] if there is none.  UserError if it is foreign."""
     rows = []
     if not file.exists():
@@ -89,12 +89,9 @@ def majority(answers: list[str], right: list[bool]) -> float:
     """Whether the most frequent answer is right; on a tie, the share of the tied ones that are."""
     votes = Counter()  # by the place of the first of equal answers
     for i, answer in enumerate(answers):
-        for place in votes:
-            if answer == answers[place] or ogls.same_answer(answer, answers[place]):
-                votes[place] += 1
-                break
-        else:
-            votes[i] = 1
+        equal = [j for j in votes if answer == answers[j] or ogls.same_answer(answer, answers[j])]
+        place = equal[0] if equal else i
+        votes[place] += 1
     tied = [right[place] for place in votes if votes[place] == max(votes.values())]
     return sum(tied) / max(len(tied), 1)
 
@@ -196,7 +193,7 @@ def held(output: Path) -> Iterator[None]:
 
 def regrade(args: argparse.Namespace) -> None:
     """Grades the responses of a file again, in place or into --output."""
-    source, output = args.regrade, args.output or args.regrade
+    source, output = Path(args.regrade), Path(args.output or args.regrade)
     if not read_lines(source, FIELDS):
         raise UserError(f"--regrade {source}: there is no such file, or no response in it")
     if output != source and output.exists():
@@ -236,7 +233,7 @@ def read_adapter(folder: Path) -> dict:
             "base": str(config.get("base_model_name_or_path"))}
 
 
-def load_sets(data: str) -> tuple[dict[tuple, Problem], dict[str, str]]:
+def load_sets(data: str) -> tuple[dict, dict]:
     """Problems by (set, question), and a hash of each set; a set has its source's last name."""
     problems, hashes = {}, {}
     for source in data.split(","):
@@ -277,7 +274,7 @@ def check_settings(output: Path, settings: dict) -> dict:
     for name, value in settings.items():
         was = before.get(name, value)
         if was != value:
-            raise UserError(f"{output} was made with {name} {was}, not {value}; take another")
+            raise UserError(f"{output} is of {name} {was}, not {value}; take another --output")
     settings = {**before, **settings}
     spellings = {}
     for name, adapter in settings.items():
@@ -294,7 +291,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.no_base and not adapters:
         raise UserError("--no-base without --adapter leaves nothing to score")
     cfg = fit_adapters(args.cfg, adapters)
-    output = args.output or Path(f"scores/{Path(cfg.model).name}.jsonl")
+    output = Path(args.output or f"scores/{Path(cfg.model).name}.jsonl")
     tokenizer, _ = ogls.load_tokenizer(cfg)
     problems, hashes = load_sets(cfg.data)
     prompts = {}
@@ -312,7 +309,8 @@ def evaluate(args: argparse.Namespace) -> None:
         settings[f"adapter {folder}"] = adapter
     with held(output):
         settings = check_settings(output, settings)
-        cut_off_half_a_line(output)
+        with open(output, "r+b") as file:  # a kill can leave half a line
+            file.truncate(file.read().rfind(b"\n") + 1)
         responses = read_responses(output, cfg.rollouts)
         sampler = None
         for checkpoint in list(adapters) if args.no_base else [None, *adapters]:
@@ -330,12 +328,6 @@ def evaluate(args: argparse.Namespace) -> None:
         report(output, settings, read_responses(output, cfg.rollouts))
 
 
-def cut_off_half_a_line(output: Path) -> None:
-    """What a kill left behind the last newline."""
-    with open(output, "r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
 def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
     if cfg.sampler == "vllm":
         return ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
@@ -344,15 +336,16 @@ def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
 
 
 def sample_missing(sampler, cfg: Config, adapter: Path | None, prompts: dict,
-                   have: set) -> Iterator[tuple[tuple, list[ogls.Rollout]]]:
+                   have: set) -> Iterator:
     """Yields each (set, question) that is not in `have`, with its responses.  All go into vLLM
-    together, to wait for the longest once.  generate takes eight at a time, the same eight
-    whatever a kill left: its samples depend on the whole batch."""
-    keys = list(prompts)
-    batches = [keys[start : start + 8] for start in range(0, len(keys), 8)]
+    together, to wait for the longest once.  generate takes eight of a set at a time, the same
+    eight whatever a kill left: its samples depend on the whole batch."""
+    batches = {}
+    for name, i in prompts:
+        batches.setdefault((name, i // 8), []).append((name, i))
     if cfg.sampler == "vllm":
-        batches = [[key for key in keys if key not in have]]
-    for batch in batches:
+        batches = {"all": [key for key in prompts if key not in have]}
+    for batch in batches.values():
         if have.issuperset(batch):
             continue
         seeds = [random.Random(f"{cfg.seed}/{name}/{i}").getrandbits(31) for name, i in batch]
@@ -362,7 +355,7 @@ def sample_missing(sampler, cfg: Config, adapter: Path | None, prompts: dict,
 
 
 def append_responses(output: Path, checkpoint: str, key: tuple, problem: Problem,
-                     rollouts: list[ogls.Rollout]) -> None:
+                     rollouts: list) -> None:
     """The responses to one question, in one write."""
     lines = ""
     for sample, y in enumerate(rollouts):
@@ -491,8 +484,8 @@ def make_toy(folder: Path, seed: int) -> None:
     write_problems(folder, toy_problem, rng, 1000, 140)
 
 
-def write_problems(folder: Path, make: Callable[[random.Random], dict], rng: random.Random,
-                   train: int, heldout: int) -> None:
+def write_problems(folder: Path, make: Callable, rng: random.Random, train: int,
+                   heldout: int) -> None:
     """train.jsonl and heldout.jsonl, no question twice; heldout last: then all of it is there."""
     rows = {}
     while len(rows) < train + heldout:
@@ -588,24 +581,18 @@ def draw(runs: dict[str, list[Path]], file: Path) -> None:
         means = pd.DataFrame(rows).groupby("step")[["reward", "markers"]].mean()
         curves[name] = means.rolling(max(3, len(means) // 8), 1, center=True).mean()
     with explained("a picture needs matplotlib ({reason}): pip install matplotlib"):
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, curve in curves.items():
-        left.plot(curve["reward"], label=name)
-        right.plot(curve["markers"])
-    left.set(title="Share of right rollouts", xlabel="training step")
-    right.set(title="Reflection markers per 1,000 tokens", xlabel="training step")
-    left.legend()
+    table = pd.concat(curves, axis=1)  # columns: (name, reward) and (name, markers)
+    table.xs("reward", axis=1, level=1).plot(ax=left, title="Share of right rollouts")
+    table.xs("markers", axis=1, level=1).plot(ax=right, title="Reflection markers per 1,000 tokens")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     say(f"wrote {file}")
 
 
 def plot(args: argparse.Namespace) -> None:
-    output = args.output or Path("scores/curves.png")
+    output = Path(args.output or "scores/curves.png")
     if output.suffix != ".png":
         raise UserError(f"--plot writes a .png, so not {output}")
     draw({str(run): [run] for run in args.plot}, output)
@@ -626,10 +613,9 @@ def toy_table(args: argparse.Namespace) -> None:
                     runs.setdefault(name, []).append(out)
         say("\nheld-out problems, mean ± standard deviation over seeds (of everything):")
         by_method = pd.DataFrame(rows).groupby("method", sort=False)
-        table = pd.DataFrame()
-        for column in ("right", "check", "markers", "length"):
-            means, spreads = by_method[column].mean(), by_method[column].std().fillna(0.0)
-            table[column] = means.map("{:.1f} ± ".format) + spreads.map("{:.1f}".format)
+        columns = by_method[["right", "check", "markers", "length"]]
+        spreads = columns.std().fillna(0.0)
+        table = columns.mean().map("{:.1f} ± ".format) + spreads.map("{:.1f}".format)
         say(table.to_string())
         draw(runs, folder / "toy.png")
 
@@ -666,9 +652,7 @@ def open_model(args: argparse.Namespace, cfg: Config) -> tuple:
     """Tokenizer, sampler, problems and the one adapter, for a look at a model."""
     adapter = None
     if args.adapter:
-        adapter, *others = args.adapter
-        if others:
-            raise UserError(f"--{args.mode} takes one --adapter")
+        adapter = args.adapter[0]
         found = read_adapter(adapter)
         cfg = replace(cfg, lora_rank=found["rank"], lora_alpha=found["alpha"])
     tokenizer, eos = ogls.load_tokenizer(cfg)
@@ -706,7 +690,7 @@ def teacher(args: argparse.Namespace) -> None:
         "gain.")
 
 
-def guided_shares(sampler, tokenizer, guides: list[tuple[Problem, str]], cfg: Config) -> list:
+def guided_shares(sampler, tokenizer, guides: list[tuple], cfg: Config) -> list:
     """The teacher's share of right answers to each problem, shown its guide."""
     prompts, seeds = [], []
     for i, (problem, guide) in enumerate(guides):
@@ -733,7 +717,7 @@ its figures: of the student, of the teacher alone (anchor), and steered by lambd
 
 def inspect(args: argparse.Namespace) -> None:
     """A page on N questions with a wrong rollout; its main points also go to the terminal."""
-    output = args.output or Path("scores/inspect.html")
+    output = Path(args.output or "scores/inspect.html")
     if output.suffix != ".html":
         raise UserError(f"--inspect writes an .html page, so not {output}")
     cfg = replace(args.cfg, method="ogls")
@@ -759,11 +743,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Tensor:
-    """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.
-
-    From the trainer's own targets: z0 is the target at lambda 0, zbar+ is pos-mean's, and Delta =
-    zT - z0 at lambda 1 gives zbar- = zbar+ - Delta.
-    """
+    """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.  From the trainer's own
+    targets: at lambda 0 it is z0, at lambda 1 z0 + Delta, of pos-mean zbar+."""
     read = ogls.make_reader(model, tokenizer, group, cfg)
     targets = []
     for method, strength in [("ogls", 0.0), ("pos-mean", 0.0), ("ogls", 1.0)]:
@@ -785,26 +766,28 @@ def show_rollout(model: nn.Module, tokenizer, title: str, tokens: list[int], sta
     tokens where student and target differ most.  states: (5, T, d) of `five_states`."""
     logits = ogls.float32_head(model)(states)  # (5, T, V)
     p = (logits / cfg.temperature).softmax(-1)  # (5, T, V)
+    student, anchor, right, wrong, steered = p  # (T, V) each
     loss, exact = ogls.divergences(logits[0], logits[4], cfg.kl, cfg.clip, cfg.temperature)  # (T,)
     say(title)
     likely = p[1:, 0].amax(0).topk(3).indices.tolist()
-    names = ["anchor, no guide", "shown right guides", "shown wrong guides", "steered"]
-    for name, row in zip(names, p[1:, 0]):  # (V,)
-        shares = [f"[{tokenizer.decode([i])}] {row[i]:.1%}" for i in likely]
-        say(f"first token, {name}: {', '.join(shares)}")
+    names = {"anchor, no guide": anchor, "shown right guides": right, "shown wrong guides": wrong,
+             "steered": steered}
+    for name, shares in names.items():
+        begin = [f"[{tokenizer.decode([i])}] {shares[0, i]:.1%}" for i in likely]
+        say(f"first token, {name}: {', '.join(begin)}")
     notes, spans = [], ""
     for t, token in enumerate(tokens[: len(exact)]):
-        student, anchor, steered = p[[0, 1, 4], t, token].tolist()
-        moved = (p[4, t] - p[1, t]).abs().topk(3).indices.tolist()
-        shares = [f"[{tokenizer.decode([i])}] {p[1, t, i]:.0%} to {p[4, t, i]:.0%}" for i in moved]
         word = tokenizer.decode([token])
-        notes.append(f"[{word}] student {student:.1%}, anchor {anchor:.1%}, steered {steered:.1%}; "
-                     f"Delta moves {', '.join(shares)}; divergence {exact[t]:.3f} nats, "
-                     f"{loss[t]:.3f} as clipped")
-        hue = "0,114,178" if steered > student else "230,97,0"
-        style = f"background:rgba({hue},{abs(steered - student):.3f})"
-        title_of = html.escape(notes[t])
-        spans += f'<span style="{style}" title="{title_of}">{html.escape(word)}</span>'
+        note = (f"[{word}] student {student[t, token]:.1%}, anchor {anchor[t, token]:.1%}, steered "
+                f"{steered[t, token]:.1%}; divergence {exact[t]:.3f} nats, {loss[t]:.3f} as "
+                "clipped; Delta moves")
+        for i in (steered[t] - anchor[t]).abs().topk(3).indices.tolist():
+            note += f" [{tokenizer.decode([i])}] {anchor[t, i]:.0%} to {steered[t, i]:.0%}"
+        notes.append(note)
+        rise = float(steered[t, token] - student[t, token])
+        hue = "0,114,178" if rise > 0 else "230,97,0"
+        style = f"background:rgba({hue},{abs(rise):.3f})"
+        spans += f'<span style="{style}" title="{html.escape(note)}">{html.escape(word)}</span>'
     for t in exact.topk(min(3, len(exact))).indices.tolist():
         say(f"token {t + 1}: {notes[t]}")
     return f"<h3>{title}</h3>{spans}"
@@ -860,7 +843,7 @@ def premise_distances(logits: Tensor) -> dict[str, float]:
 
 def word_problems(args: argparse.Namespace) -> None:
     """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
-    folder = args.word_problems
+    folder = Path(args.word_problems)
     if (folder / "train.jsonl").exists() or (folder / "heldout.jsonl").exists():
         raise UserError(f"{folder} has problems already; take another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -898,23 +881,11 @@ MODES = {  # what runs, and the flags that it uses
     "inspect": (inspect, [*READING, "adapter", "output"]),
     "premise": (premise, ["model", "dtype"]),
     "word_problems": (word_problems, ["seed"])}
+COUNTS = ("k", "tensor_parallel_size", "seeds", "teacher", "inspect")
 # The paper's and OPSD's evaluation.  No guides are read, and prompts of any length are taken.
 PAPER = {"data": "aime24,aime25", "thinking": True, "temperature": 1, "top_p": 0.95, "top_k": 0,
          "max_new_tokens": 38912, "vllm_memory": 0.9, "max_prompt_tokens": 1, "distill_tokens": 1,
          "guide_tokens": 1}
-
-
-def at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -924,30 +895,32 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**dict.fromkeys(asdict(Config())))
     add = parser.add_argument
-    add("--adapter", nargs="+", type=path, help="checkpoint folders")
+    add("--adapter", nargs="+", type=Path, help="checkpoint folders")
     add("--no-base", action="store_const", const=True, help="do not score the base model")
-    add("--k", type=at_least_1, help="samples per question (default: 8)")
-    add("--tensor-parallel-size", type=at_least_1, help="GPUs for vLLM (default: 1)")
-    add("--output", type=path, help="file to write (default: scores/MODEL.jsonl)")
-    add("--seeds", type=at_least_1, help="of --toy-table (default: 3)")
-    add("--regrade", metavar="FILE", type=path)
-    add("--plot", metavar="RUN", nargs="+", type=path)
+    add("--k", type=int, help="samples per question (default: 8)")
+    add("--tensor-parallel-size", type=int, help="GPUs for vLLM (default: 1)")
+    add("--output", help="file to write (default: scores/MODEL.jsonl)")
+    add("--seeds", type=int, help="of --toy-table (default: 3)")
+    add("--regrade", metavar="FILE")
+    add("--plot", metavar="RUN", nargs="+", type=Path)
     add("--toy-table", action="store_const", const=True)
-    add("--teacher", metavar="N", type=at_least_1)
-    add("--inspect", metavar="N", type=at_least_1)
+    add("--teacher", metavar="N", type=int)
+    add("--inspect", metavar="N", type=int)
     add("--premise", action="store_const", const=True)
-    add("--word-problems", metavar="DIR", type=path)
+    add("--word-problems", metavar="DIR")
     with explained("{reason}; see --help"):
         args, unknown = parser.parse_known_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args.mode = "evaluate"
-    for mode in MODES:
-        if mode in given:
-            args.mode = mode
-    for flag in [*unknown, *given]:
-        if flag != args.mode and flag not in MODES[args.mode][1]:
-            name = flag.replace("_", "-").removeprefix("--")
-            raise UserError(f"--{name} is not used by {args.mode.replace('_', '-')}; see --help")
+    chosen = [mode for mode in MODES if mode in given] or ["evaluate"]
+    args.mode = chosen[-1]
+    for name in [*unknown, *given]:
+        flag = "--" + name.removeprefix("--").replace("_", "-")
+        if name != args.mode and name not in MODES[args.mode][1]:
+            raise UserError(f"{flag} is not used by {args.mode.replace('_', '-')}; see --help")
+        if given[name] == "" or (name in COUNTS and given[name] < 1):
+            raise UserError(f"{flag} is empty or less than 1; see --help")
+    if args.mode in ("teacher", "inspect") and len(args.adapter or []) > 1:
+        raise UserError(f"--{args.mode} takes one --adapter")
     args.cfg = read_settings(args, given)
     return args
 
@@ -962,16 +935,11 @@ def read_settings(args: argparse.Namespace, given: dict) -> Config:
         record = read_json(file, {})
         if not record:
             say(f"note: there is no {file}, so settings that are not given are the defaults")
-        for name in READING:
-            if record.get(name) is not None:
-                settings[name] = record[name]
-    for name in asdict(Config()):
-        if name in given:
-            settings[name] = given[name]
-    cfg = ogls.parse_args([f"--{name}={value}" for name, value in settings.items()])
-    if args.mode != "evaluate":
-        cfg = replace(cfg, data=SETS.get(cfg.data, cfg.data))
-    return cfg
+        settings.update((name, record[name]) for name in READING if name in record)
+    if args.mode != "evaluate" and args.data in SETS:
+        given["data"] = SETS[args.data]
+    settings.update((name, given[name]) for name in asdict(Config()) if name in given)
+    return ogls.parse_args([f"--{name}={value}" for name, value in settings.items()])
 
 
 def work(argv: list[str]) -> None:
