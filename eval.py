@@ -14,21 +14,21 @@ wrong.  The same command goes on after a kill.  --inspect and --teacher take the
 adapter's run.  Flags are those of ogls_sd.py and some more.
 """
 
-import argparse
 import contextlib
 import html
 import json
 import math
-import random
 import shlex
 import string
 import sys
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
+from random import Random
 from statistics import fmean
 
 import ogls_sd as ogls  # before Transformers, from which it hides a torchvision that may be broken
@@ -191,7 +191,7 @@ def held(output: Path) -> Iterator[None]:
                 output.unlink()
 
 
-def regrade(args: argparse.Namespace) -> None:
+def regrade(args: Namespace) -> None:
     """Grades the responses of a file again, in place or into --output."""
     source, output = Path(args.regrade), Path(args.output or args.regrade)
     if not read_lines(source, FIELDS):
@@ -254,16 +254,20 @@ def hash_of(values: list) -> str:
     return sha256(json.dumps(values).encode()).hexdigest()
 
 
-def fit_adapters(cfg: Config, adapters: dict[Path, dict]) -> Config:
-    """With the adapters' rank and alpha, of which generate takes one pair only."""
-    for folder, adapter in adapters.items():
-        if Path(adapter["base"]).name != Path(cfg.model).name:
-            say(f"note: {folder} was trained on {adapter['base']}, and is scored on {cfg.model}")
-    shapes = {(adapter["rank"], adapter["alpha"]) for adapter in adapters.values()}
-    if cfg.sampler == "hf" and len(shapes) > 1:
+def fit_adapters(args: Namespace) -> dict[Path, dict]:
+    """What is known of each adapter; args.cfg gets their rank and alpha."""
+    adapters, shapes = {}, set()
+    for folder in args.adapter or []:
+        found = read_adapter(folder)
+        adapters[folder] = found
+        shapes.add((found["rank"], found["alpha"]))
+        if Path(found["base"]).name != Path(args.cfg.model).name:
+            say(f"note: {folder} was trained on {found['base']}, not on {args.cfg.model}")
+    if args.cfg.sampler == "hf" and len(shapes) > 1:
         raise UserError("--sampler hf takes adapters of one rank and alpha at a time")
     rank, alpha = max(shapes, default=(8, 8))
-    return replace(cfg, lora_rank=rank, lora_alpha=alpha)
+    args.cfg = replace(args.cfg, lora_rank=rank, lora_alpha=alpha)
+    return adapters
 
 
 def check_settings(output: Path, settings: dict) -> dict:
@@ -285,12 +289,15 @@ def check_settings(output: Path, settings: dict) -> dict:
     return settings
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: Namespace) -> None:
     """Samples what --output lacks.  All that can be refused is, before vLLM is imported."""
-    adapters = {folder: read_adapter(folder) for folder in args.adapter or []}
-    if args.no_base and not adapters:
+    adapters = fit_adapters(args)
+    checkpoints = list(adapters)
+    if not args.no_base:
+        checkpoints.insert(0, None)
+    if not checkpoints:
         raise UserError("--no-base without --adapter leaves nothing to score")
-    cfg = fit_adapters(args.cfg, adapters)
+    cfg = args.cfg
     output = Path(args.output or f"scores/{Path(cfg.model).name}.jsonl")
     tokenizer, _ = ogls.load_tokenizer(cfg)
     problems, hashes = load_sets(cfg.data)
@@ -313,10 +320,12 @@ def evaluate(args: argparse.Namespace) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
         responses = read_responses(output, cfg.rollouts)
         sampler = None
-        for checkpoint in list(adapters) if args.no_base else [None, *adapters]:
+        for checkpoint in checkpoints:
             name = str(checkpoint or "base")
-            mine = [row for row in responses if row["checkpoint"] == name]
-            have = {(row["set"], row["question"]) for row in mine}
+            have = set()
+            for row in responses:
+                if row["checkpoint"] == name:
+                    have.add((row["set"], row["question"]))
             if len(have) < len(problems) and not sampler:
                 sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
                 write_text(summary_of(output), json.dumps({"settings": settings}))
@@ -335,8 +344,7 @@ def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
     return ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
 
 
-def sample_missing(sampler, cfg: Config, adapter: Path | None, prompts: dict,
-                   have: set) -> Iterator:
+def sample_missing(sampler, cfg: Config, folder: Path | None, prompts: dict, have: set) -> Iterator:
     """Yields each (set, question) that is not in `have`, with its responses.  All go into vLLM
     together, to wait for the longest once.  generate takes eight of a set at a time, the same
     eight whatever a kill left: its samples depend on the whole batch."""
@@ -348,20 +356,19 @@ def sample_missing(sampler, cfg: Config, adapter: Path | None, prompts: dict,
     for batch in batches.values():
         if have.issuperset(batch):
             continue
-        seeds = [random.Random(f"{cfg.seed}/{name}/{i}").getrandbits(31) for name, i in batch]
-        for i, rollouts in sampler.sample([prompts[key] for key in batch], seeds, adapter, cfg):
+        seeds = [Random(f"{cfg.seed}/{name}/{i}").getrandbits(31) for name, i in batch]
+        for i, rollouts in sampler.sample([prompts[key] for key in batch], seeds, folder, cfg):
             if batch[i] not in have:
                 yield batch[i], rollouts
 
 
-def append_responses(output: Path, checkpoint: str, key: tuple, problem: Problem,
-                     rollouts: list) -> None:
+def append_responses(output: Path, name: str, key: tuple, problem: Problem, rollouts: list) -> None:
     """The responses to one question, in one write."""
     lines = ""
     for sample, y in enumerate(rollouts):
         reason = "stop" if y.finished else "length"
         correct = y.finished and grade(y.text, problem.answer)
-        values = [checkpoint, *key, sample, y.text, len(y.tokens), reason,
+        values = [name, *key, sample, y.text, len(y.tokens), reason,
                   ogls.extract_boxed(y.text), problem.answer, correct]
         lines += json.dumps(dict(zip(FIELDS, values))) + "\n"
     with open(output, "a") as file:
@@ -409,7 +416,7 @@ def toy_question(digits: list[int], operations: list[str]) -> str:
     return f"Start with {digits[0]}, {', '.join(operations)}. What is the last digit?"
 
 
-def toy_answer(rng: random.Random, digits: list[int], operations: list[str], checks: bool) -> str:
+def toy_answer(rng: Random, digits: list[int], operations: list[str], checks: bool) -> str:
     """With the steps written out, or at once."""
     start = rng.choice(WORDINGS)
     if checks:
@@ -420,7 +427,7 @@ def toy_answer(rng: random.Random, digits: list[int], operations: list[str], che
     return f"{start}\\boxed{{{digits[-1]}}}"
 
 
-def toy_problem(rng: random.Random) -> dict[str, str]:
+def toy_problem(rng: Random) -> dict[str, str]:
     operations = rng.choices(OPERATIONS, k=4)
     digits = toy_steps(rng.randrange(10), operations)
     return {
@@ -429,7 +436,7 @@ def toy_problem(rng: random.Random) -> dict[str, str]:
         "answer": str(digits[-1])}
 
 
-def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
+def toy_example(rng: Random, tokenizer) -> Tensor:  # (L, 2)
     """Ids and labels of a text of the warm-up.  Half are guided; a guide is right half of the time.
     An answer at once repeats its guide's result; one that checks computes for itself."""
     operations = rng.choices(OPERATIONS, k=4)
@@ -461,7 +468,7 @@ def make_toy(folder: Path, seed: int) -> None:
             raise UserError(f"{folder} was made with --seed {made_with}; take another --output-dir")
         return
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng = Random(seed)
     tokenizer = toy_tokenizer()
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
@@ -484,8 +491,7 @@ def make_toy(folder: Path, seed: int) -> None:
     write_problems(folder, toy_problem, rng, 1000, 140)
 
 
-def write_problems(folder: Path, make: Callable, rng: random.Random, train: int,
-                   heldout: int) -> None:
+def write_problems(folder: Path, make: Callable, rng: Random, train: int, heldout: int) -> None:
     """train.jsonl and heldout.jsonl, no question twice; heldout last: then all of it is there."""
     rows = {}
     while len(rows) < train + heldout:
@@ -497,8 +503,7 @@ def write_problems(folder: Path, make: Callable, rng: random.Random, train: int,
 
 
 def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
-    """Right answers and answers that check, in percent, on the held-out problems; markers per 1,000
-    tokens, length in tokens."""
+    """On the held-out problems: shares in percent, markers per 1,000 tokens, length in tokens."""
     cfg = replace(ogls.parse_args([*words, "--sampler=hf"]), rollouts=8, method="ogls")
     tokenizer, eos = ogls.load_tokenizer(cfg)
     sampler = ogls.HFSampler(ogls.load_model(cfg), tokenizer, eos)
@@ -536,15 +541,11 @@ def run_toy(argv: list[str]) -> int:
     last = ogls.checkpoints(out)[-1]
     before = score_toy(words, None)
     after = score_toy(words, last)
-    summary = {
-        "before": before["right"],
-        "after": after["right"],
-        "steps": int(last.name[5:]),
-        "seconds": time.perf_counter() - began,
-        "checks_before": before["check"],
-        "checks_after": after["check"],
-        "markers_before": before["markers"],
-        "markers_after": after["markers"]}
+    summary = {"steps": int(last.name[5:]), "seconds": time.perf_counter() - began}
+    for when, found in (("before", before), ("after", after)):
+        summary[when] = found["right"]
+        summary[f"checks_{when}"] = found["check"]
+        summary[f"markers_{when}"] = found["markers"]
     write_text(out / "summary.json", json.dumps(summary))
     say(f"held-out mean@8: {before['right']:.1f} % before, {after['right']:.1f} % after, "
         f"{summary['steps']} steps, {summary['seconds']:.0f} s")
@@ -591,14 +592,14 @@ def draw(runs: dict[str, list[Path]], file: Path) -> None:
     say(f"wrote {file}")
 
 
-def plot(args: argparse.Namespace) -> None:
+def plot(args: Namespace) -> None:
     output = Path(args.output or "scores/curves.png")
     if output.suffix != ".png":
         raise UserError(f"--plot writes a .png, so not {output}")
     draw({str(run): [run] for run in args.plot}, output)
 
 
-def toy_table(args: argparse.Namespace) -> None:
+def toy_table(args: Namespace) -> None:
     """Every method from one warm start a seed.  Finished runs are read back, killed ones go on."""
     folder = Path(args.output_dir or "runs/table")
     folder.mkdir(parents=True, exist_ok=True)
@@ -648,25 +649,22 @@ def toy_result(out: Path, seed: int, flags: list[str] | None, steps: int | None)
 # ==== What the teacher knows: --teacher ===========================================================
 
 
-def open_model(args: argparse.Namespace, cfg: Config) -> tuple:
-    """Tokenizer, sampler, problems and the one adapter, for a look at a model."""
-    adapter = None
-    if args.adapter:
-        adapter = args.adapter[0]
-        found = read_adapter(adapter)
-        cfg = replace(cfg, lora_rank=found["rank"], lora_alpha=found["alpha"])
-    tokenizer, eos = ogls.load_tokenizer(cfg)
-    problems = ogls.choose_problems(cfg, tokenizer)
-    sampler = open_sampler(cfg, tokenizer, eos)
-    ogls.prove_steering(sampler.model, cfg)
-    return tokenizer, sampler, problems, adapter
+def open_model(args: Namespace) -> tuple:
+    """Tokenizer, sampler, problems and the one adapter or None, for a look at a model."""
+    adapters = list(fit_adapters(args))
+    if len(adapters) > 1:
+        raise UserError(f"--{args.mode} takes one --adapter")
+    tokenizer, eos = ogls.load_tokenizer(args.cfg)
+    problems = ogls.choose_problems(args.cfg, tokenizer)
+    sampler = open_sampler(args.cfg, tokenizer, eos)
+    ogls.prove_steering(sampler.model, args.cfg)
+    return tokenizer, sampler, problems, adapters[0] if adapters else None
 
 
-def teacher(args: argparse.Namespace) -> None:
-    """Accuracy alone, shown the solution, shown a wrong rollout: what there is to distil.  Guides
-    of both signs are tried on the same questions, those that have a wrong rollout."""
+def teacher(args: Namespace) -> None:
+    """What there is to distil: accuracy alone, and shown a guide where a rollout was wrong."""
+    tokenizer, sampler, problems, adapter = open_model(args)
     cfg = args.cfg
-    tokenizer, sampler, problems, adapter = open_model(args, cfg)
     problems = [problem for problem in problems if problem.solution][: args.teacher]
     if not problems:
         raise UserError("--teacher needs problems with solutions, and --data has none")
@@ -686,8 +684,7 @@ def teacher(args: argparse.Namespace) -> None:
         percent = 100 * pd.Series(shares, dtype=float)
         say(f"{name:<22} {percent.mean():5.1f} % right, s.e. {percent.sem():4.1f}, "
             f"{len(shares)} questions x {cfg.rollouts}")
-    say("OGLS-SD distils the gap between the last two on the rollouts that are wrong: no gap, no "
-        "gain.")
+    say("OGLS-SD distils the gap between the last two, on wrong rollouts: no gap, no gain.")
 
 
 def guided_shares(sampler, tokenizer, guides: list[tuple], cfg: Config) -> list:
@@ -715,14 +712,13 @@ student does, orange ones less likely: there training pulls the student.  Point 
 its figures: of the student, of the teacher alone (anchor), and steered by lambda Delta."""
 
 
-def inspect(args: argparse.Namespace) -> None:
+def inspect(args: Namespace) -> None:
     """A page on N questions with a wrong rollout; its main points also go to the terminal."""
     output = Path(args.output or "scores/inspect.html")
     if output.suffix != ".html":
         raise UserError(f"--inspect writes an .html page, so not {output}")
-    cfg = replace(args.cfg, method="ogls")
-    tokenizer, sampler, problems, adapter = open_model(args, cfg)
-    model, parts = sampler.model, []
+    tokenizer, sampler, problems, adapter = open_model(args)
+    cfg, model, parts = args.cfg, sampler.model, []
     some = problems[: 2 * args.inspect]
     for group in ogls.sample_groups(sampler, tokenizer, some, 0, adapter, cfg):
         read = ogls.make_reader(model, tokenizer, group, cfg)
@@ -797,7 +793,7 @@ def show_rollout(model: nn.Module, tokenizer, title: str, tokens: list[int], sta
 
 
 @torch.no_grad()
-def premise(args: argparse.Namespace) -> dict[str, float]:
+def premise(args: Namespace) -> dict[str, float]:
     """Total variation between the plain answer and mixtures of answers to privileged prompts."""
     ask = "Generate one integer from 0 to 9. Return only the integer."
     cfg = replace(args.cfg, max_prompt_tokens=64, max_new_tokens=1, guide_tokens=1)
@@ -841,17 +837,17 @@ def premise_distances(logits: Tensor) -> dict[str, float]:
 # ==== Word problems for small real models: --word-problems ========================================
 
 
-def word_problems(args: argparse.Namespace) -> None:
+def word_problems(args: Namespace) -> None:
     """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
     folder = Path(args.word_problems)
     if (folder / "train.jsonl").exists() or (folder / "heldout.jsonl").exists():
         raise UserError(f"{folder} has problems already; take another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_problems(folder, word_problem, random.Random(args.cfg.seed), 400, 64)
+    write_problems(folder, word_problem, Random(args.cfg.seed), 400, 64)
     say(f"wrote 400 and 64 problems to {folder}")
 
 
-def word_problem(rng: random.Random) -> dict[str, str]:
+def word_problem(rng: Random) -> dict[str, str]:
     """Two products and their sum, with a short written solution."""
     name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
     thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
@@ -888,11 +884,11 @@ PAPER = {"data": "aime24,aime25", "thinking": True, "temperature": 1, "top_p": 0
          "guide_tokens": 1}
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> Namespace:
     """Flags by name, None if not given; `mode`; `cfg`, the trainer's Config.  UserError."""
     parser = transformers.HfArgumentParser(
         Config, description=__doc__, allow_abbrev=False, exit_on_error=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=RawDescriptionHelpFormatter)
     parser.set_defaults(**dict.fromkeys(asdict(Config())))
     add = parser.add_argument
     add("--adapter", nargs="+", type=Path, help="checkpoint folders")
@@ -919,20 +915,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"{flag} is not used by {args.mode.replace('_', '-')}; see --help")
         if given[name] == "" or (name in COUNTS and given[name] < 1):
             raise UserError(f"{flag} is empty or less than 1; see --help")
-    if args.mode in ("teacher", "inspect") and len(args.adapter or []) > 1:
-        raise UserError(f"--{args.mode} takes one --adapter")
     args.cfg = read_settings(args, given)
     return args
 
 
-def read_settings(args: argparse.Namespace, given: dict) -> Config:
+def read_settings(args: Namespace, given: dict) -> Config:
     """Given flags over the settings of the adapter's run, or over the paper's evaluation."""
     settings = {"sampler": "hf"}
     if args.mode == "evaluate":
         settings = {**PAPER, "rollouts": args.k or 8}
     elif args.adapter:
         file = args.adapter[0].parent / "config.json"
-        record = read_json(file, {})
+        record = read_json(file, {"model": str})
         if not record:
             say(f"note: there is no {file}, so settings that are not given are the defaults")
         settings.update((name, record[name]) for name in READING if name in record)

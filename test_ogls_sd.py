@@ -1590,6 +1590,9 @@ def test_what_scoring_refuses(scoring, capsys):
     shutil.copytree(scoring[2], dora)
     config = json.loads((dora / "adapter_config.json").read_text())
     (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    shutil.copytree(scoring[2], "half")
+    (Path("half") / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16.7}))
+    twin = os.path.relpath(scoring[2])
     new = "--output=new.jsonl"
     for words, *flags in (
             ("temperature 1.0", *scoring, "--output=o.jsonl", "--temperature=0.5"),
@@ -1606,6 +1609,9 @@ def test_what_scoring_refuses(scoring, capsys):
             ("nothing", *scoring, new, "--data=nothing.jsonl"),
             ("two sets", *scoring, new, "--data=a.jsonl,./a.jsonl"),
             ("adapter_config.json", *scoring, new, "--adapter", "gone"),
+            ("whole number", *scoring, new, "--adapter", "half"),
+            (f"adapter {twin} are one", *scoring, new, "--adapter", scoring[2], twin),
+            (f"adapter {twin} are one", *scoring, "--output=o.jsonl", "--adapter", twin),
             ("use_dora", *scoring, new, "--adapter", "dora"), ("--lr", *scoring, new, "--lr=1"),
             ("--tensor", *scoring, new, "--tensor-parallel-size=-1"),
             ("empty", *scoring, "--output="),
@@ -1624,6 +1630,9 @@ def test_what_scoring_refuses(scoring, capsys):
         assert scorer.main(flags) == 2, flags
         assert words in one_line(capsys.readouterr().err), flags
         assert tree(Path(".")) == before, flags
+    capsys.readouterr()
+    scorer.parse_args(["--inspect=1", "--adapter", "dora", "--model=m"])
+    assert "note: there is no config.json" in capsys.readouterr().out
 
 
 def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
@@ -1643,6 +1652,10 @@ def test_one_process_an_output(scoring, capsys):
     Path("o.jsonl").touch()
     with ogls_sd.locked(Path("o.jsonl")):
         assert scorer.main([*scoring, "--output=o.jsonl"]) == 2
+    assert "another process" in one_line(capsys.readouterr().err)
+    Path("table").mkdir()
+    with ogls_sd.locked(Path("table")):
+        assert scorer.main(["--toy-table", "--output-dir=table"]) == 2
     assert "another process" in one_line(capsys.readouterr().err)
 
 
