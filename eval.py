@@ -170,9 +170,9 @@ def read_responses(output: Path, k: int = 0) -> list[dict]:
     return [row for key, row in found.items() if counts[key[:3]] == k]
 
 
-def report(output: Path, settings: dict, responses: list[dict]) -> None:
+def report(output: Path, settings: dict, k: int = 0) -> None:
     """Shows the table and writes the summary beside the responses."""
-    figures = score(responses)
+    figures = score(read_responses(output, k))
     record = {"settings": settings, "figures": json.loads(figures.to_json(orient="records"))}
     write_text(summary_of(output), json.dumps(record, indent=2))
     say(figures.to_string(index=False, na_rep="", float_format="%.1f"))
@@ -209,7 +209,7 @@ def regrade(args: Namespace) -> None:
             changed += row["correct"] != was
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
         say(f"{changed} of {len(rows)} responses are graded differently")
-        report(output, settings, read_responses(output))
+        report(output, settings)
 
 
 def read_adapter(folder: Path) -> dict:
@@ -223,12 +223,12 @@ def read_adapter(folder: Path) -> dict:
         used = [name for name in others if config.get(name)]
         if used or config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
             raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
-        for name in ("r", "lora_alpha"):
-            if config[name] != int(config[name]):
-                raise ValueError(f"its {name}, {config[name]}, is no whole number")
+        rank, alpha = config["r"], config["lora_alpha"]
+        if rank != int(rank) or alpha != int(alpha):
+            raise ValueError(f"its r {rank} or lora_alpha {alpha} is no whole number")
         return {
-            "rank": int(config["r"]),
-            "alpha": int(config["lora_alpha"]),
+            "rank": int(rank),
+            "alpha": int(alpha),
             "hash": sha256(weights).hexdigest(),
             "base": str(config.get("base_model_name_or_path"))}
 
@@ -318,14 +318,12 @@ def evaluate(args: Namespace) -> None:
         settings = check_settings(output, settings)
         with open(output, "r+b") as file:  # a kill can leave half a line
             file.truncate(file.read().rfind(b"\n") + 1)
-        responses = read_responses(output, cfg.rollouts)
-        sampler = None
+        sampler, done = None, set()
+        for row in read_responses(output, cfg.rollouts):
+            done.add((row["checkpoint"], row["set"], row["question"]))
         for checkpoint in checkpoints:
             name = str(checkpoint or "base")
-            have = set()
-            for row in responses:
-                if row["checkpoint"] == name:
-                    have.add((row["set"], row["question"]))
+            have = {key for key in problems if (name, *key) in done}
             if len(have) < len(problems) and not sampler:
                 sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
                 write_text(summary_of(output), json.dumps({"settings": settings}))
@@ -334,7 +332,7 @@ def evaluate(args: Namespace) -> None:
                 have.add(key)
                 if len(have) % 10 == 0:
                     say(f"{name}: {len(have)} of {len(problems)} questions")
-        report(output, settings, read_responses(output, cfg.rollouts))
+        report(output, settings, cfg.rollouts)
 
 
 def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
@@ -510,15 +508,15 @@ def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
     problems, _ = ogls.load_problems(f"{cfg.model}/heldout.jsonl")
     groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
     found = ogls.rollout_metrics(groups)
-    rollouts = pd.DataFrame(y for group in groups for y in group.rollouts)
+    rollouts = pd.concat([pd.DataFrame(group.rollouts) for group in groups])
     checks = rollouts["text"].str.contains("Let me check")
     return {
         "right": 100 * found["reward"],
         "markers": found["markers"],
         "length": found["length"],
-        "check": 100 * float(checks.mean()),
-        "right_if_checked": 100 * float(rollouts["correct"][checks].mean()),
-        "right_at_once": 100 * float(rollouts["correct"][~checks].mean())}
+        "check": 100 * checks.mean(),
+        "right_if_checked": 100 * rollouts["correct"][checks].mean(),
+        "right_at_once": 100 * rollouts["correct"][~checks].mean()}
 
 
 def run_toy(argv: list[str]) -> int:
@@ -766,11 +764,12 @@ def show_rollout(model: nn.Module, tokenizer, title: str, tokens: list[int], sta
     loss, exact = ogls.divergences(logits[0], logits[4], cfg.kl, cfg.clip, cfg.temperature)  # (T,)
     say(title)
     likely = p[1:, 0].amax(0).topk(3).indices.tolist()
-    names = {"anchor, no guide": anchor, "shown right guides": right, "shown wrong guides": wrong,
-             "steered": steered}
-    for name, shares in names.items():
-        begin = [f"[{tokenizer.decode([i])}] {shares[0, i]:.1%}" for i in likely]
-        say(f"first token, {name}: {', '.join(begin)}")
+    for name, shares in {"anchor, no guide": anchor, "shown right guides": right,
+                         "shown wrong guides": wrong, "steered": steered}.items():
+        line = f"first token, {name}:"
+        for i in likely:
+            line += f" [{tokenizer.decode([i])}] {shares[0, i]:.1%}"
+        say(line)
     notes, spans = [], ""
     for t, token in enumerate(tokens[: len(exact)]):
         word = tokenizer.decode([token])
@@ -800,7 +799,7 @@ def premise(args: Namespace) -> dict[str, float]:
     tokenizer, _ = ogls.load_tokenizer(replace(cfg, distill_tokens=1))
     digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
     if None in digits or tokenizer.unk_token_id in digits:
-        raise UserError(f"--premise: {cfg.model} has no single token for each digit")
+        raise UserError(f"--premise: {cfg.model} has no token for each digit")
     model = ogls.load_model(cfg)
     rows = []
     for text in [ask, *(f"The target integer is {x}. {ask}" for x in range(10))]:
@@ -906,14 +905,18 @@ def parse_args(argv: list[str]) -> Namespace:
     add("--word-problems", metavar="DIR")
     with explained("{reason}; see --help"):
         args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag; see --help")
     given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen = [mode for mode in MODES if mode in given] or ["evaluate"]
-    args.mode = chosen[-1]
-    for name in [*unknown, *given]:
-        flag = "--" + name.removeprefix("--").replace("_", "-")
+    args.mode = "evaluate"
+    for mode in MODES:
+        if mode in given:
+            args.mode = mode
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
         if name != args.mode and name not in MODES[args.mode][1]:
             raise UserError(f"{flag} is not used by {args.mode.replace('_', '-')}; see --help")
-        if given[name] == "" or (name in COUNTS and given[name] < 1):
+        if value == "" or (name in COUNTS and value < 1):
             raise UserError(f"{flag} is empty or less than 1; see --help")
     args.cfg = read_settings(args, given)
     return args
@@ -929,10 +932,14 @@ def read_settings(args: Namespace, given: dict) -> Config:
         record = read_json(file, {"model": str})
         if not record:
             say(f"note: there is no {file}, so settings that are not given are the defaults")
-        settings.update((name, record[name]) for name in READING if name in record)
+        for name in READING:
+            if name in record:
+                settings[name] = record[name]
+    for name in asdict(Config()):
+        if name in given:
+            settings[name] = given[name]
     if args.mode != "evaluate" and args.data in SETS:
-        given["data"] = SETS[args.data]
-    settings.update((name, given[name]) for name in asdict(Config()) if name in given)
+        settings["data"] = SETS[args.data]
     return ogls.parse_args([f"--{name}={value}" for name, value in settings.items()])
 
 
