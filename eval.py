@@ -727,7 +727,8 @@ def inspect(args: Namespace) -> None:
             states = five_states(model, tokenizer, group, j, cfg)
             tokens = group.rollouts[j].tokens
             shown = show_rollout(model, tokenizer, f"Rollout {j + 1}", tokens, states, cfg)
-            parts.append(f"<h2>{html.escape(question)}</h2>{html.escape(solution)}{shown}")
+            shown = f"Solution: {html.escape(solution)}{shown}"
+            parts.append(f"<h2>{html.escape(question)}</h2>{shown}")
     if not parts:
         raise UserError("--inspect: no question has a wrong rollout and guides in both pools")
     output.parent.mkdir(parents=True, exist_ok=True)
