@@ -10,183 +10,74 @@
     python eval.py --word-problems DIR                 # a small problem set: train, heldout
 
 Scoring uses the prompt of training (OPSD scored with another), and a response that is cut off is
-wrong.  Each question's responses are appended to --output as it finishes; the same command goes on
-after a kill.  --inspect and --teacher take the settings of the adapter's run.  Flags that are not
-listed below, such as --model and --temperature, are those of ogls_sd.py.
+wrong.  The same command goes on after a kill.  --inspect and --teacher take the settings of the
+adapter's run.  Flags are those of ogls_sd.py and some more.
 """
 
-import argparse
 import contextlib
 import html
 import json
 import math
-import random
 import shlex
 import string
 import sys
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
-from statistics import fmean, stdev
+from random import Random
+from statistics import fmean
 
 import ogls_sd as ogls  # before Transformers, from which it hides a torchvision that may be broken
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from ogls_sd import MARKERS, Config, UserError, explained, grade, say, write_text
+from ogls_sd import MARKERS, Config, Problem, UserError, explained, grade, say, write_text
 from torch import Tensor, nn
 
-SETS = {
-    "aime24": "HuggingFaceH4/aime_2024", "aime25": "yentinglin/aime_2025",
-    "amc23": "math-ai/amc23", "hmmt25": "MathArena/hmmt_feb_2025",
-    "math500": "HuggingFaceH4/MATH-500"}
-
-# ==== Flags: all of them are read here, and those that a mode does not use are refused ============
-
-# The paper's and OPSD's evaluation.  No guides are read, and prompts of any length are taken.
-PAPER = ["--thinking", "--temperature=1", "--top-p=0.95", "--top-k=0", "--max-new-tokens=38912",
-         "--vllm-memory=0.9", "--max-prompt-tokens=1", "--distill-tokens=1", "--guide-tokens=1"]
-# What a response depends on, beside adapter, set and k.
-SAMPLING = ["model", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "dtype"]
-TEACHING = SAMPLING + ["data", "rollouts", "max_prompt_tokens", "teacher_thinking"]
-READING = TEACHING + ["strength", "distill_tokens", "guide_tokens", "exclude_self", "kl", "clip"]
-# Flags by mode: those of this program, and those of ogls_sd.py.
-MODES = {
-    "evaluate": (["adapter", "no_base", "data", "k", "tensor_parallel_size", "output"],
-                 SAMPLING + ["sampler", "vllm_memory"]),
-    "regrade": (["output"], []),
-    "plot": (["output"], []),
-    "toy_table": (["seeds", "steps", "output_dir"], []),
-    "teacher": (["adapter"], TEACHING),
-    "inspect": (["adapter", "output"], READING),
-    "premise": ([], ["model", "dtype"]),
-    "word_problems": (["seed"], []),
-}
+# ==== Files that this program wrote ===============================================================
 
 
-def at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Own flags, the mode, and `cfg`, the trainer's Config, where a mode has one.  UserError."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, exit_on_error=False, argument_default=None,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--adapter", nargs="+", type=path, help="checkpoint folders")
-    add("--no-base", action="store_const", const=True, help="do not score the base model")
-    add("--data", help=f"{', '.join(SETS)}, hub names or local files (default: aime24,aime25)")
-    add("--k", type=at_least_1, help="samples per question (default: 8)")
-    add("--tensor-parallel-size", type=at_least_1, help="GPUs for vLLM (default: 1)")
-    add("--output", type=path, help="file to write (default: scores/MODEL.jsonl)")
-    add("--seeds", type=at_least_1, help="of --toy-table (default: 3)")
-    add("--steps", type=at_least_1, help="of --toy-table (default: the toy's)")
-    add("--output-dir", type=path, help="of --toy-table (default: runs/table)")
-    add("--seed", type=int, help="of --word-problems and of sampling (default: 0)")
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--regrade", metavar="FILE", type=path)
-    modes.add_argument("--plot", metavar="RUN", nargs="+", type=path)
-    modes.add_argument("--toy-table", action="store_const", const=True)
-    modes.add_argument("--teacher", metavar="N", type=at_least_1)
-    modes.add_argument("--inspect", metavar="N", type=at_least_1)
-    modes.add_argument("--premise", action="store_const", const=True)
-    modes.add_argument("--word-problems", metavar="DIR", type=path)
-    with explained("{reason}; see --help"):
-        args, trainer_flags = parser.parse_known_args(argv)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen = [mode for mode in MODES if mode in given]
-    args.mode = chosen[0] if chosen else "evaluate"
-    if "seed" in given and args.mode != "word_problems":
-        trainer_flags += ["--seed", str(args.seed)]
-        del given["seed"]
-    if "data" in given and args.mode in ("teacher", "inspect"):
-        trainer_flags += ["--data", SETS.get(args.data, args.data)]
-        del given["data"]
-    own, trainers = MODES[args.mode]
-    used = {args.mode, *own}
-    names = [name for name in given if name not in used]
-    for flag in trainer_flags:
-        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name not in trainers:
-            names.append(name)
-    if names or (trainer_flags and not trainers):
-        flag = "--" + names[0].replace("_", "-") if names else trainer_flags[0]
-        raise UserError(f"{flag} is not used by {args.mode.replace('_', '-')}; see --help")
-    args.cfg = read_settings(args, trainer_flags) if trainers else None
-    return args
-
-
-def read_settings(args: argparse.Namespace, flags: list[str]) -> Config:
-    """The trainer's Config: flags over a run's settings, or over the paper's evaluation."""
-    if args.mode == "evaluate":
-        return ogls.parse_args([*PAPER, *flags, f"--rollouts={args.k or 8}"])
-    known = []
-    if args.adapter:
-        record = read_json(args.adapter[0].parent / "config.json", {})
-        for name in READING:
-            if record.get(name) is not None and record[name] is not False:
-                known.append(f"--{name.replace('_', '-')}={record[name]}")
-    return ogls.parse_args([*known, *flags, "--sampler=hf"])
-
-
-def read_json(file: Path, default: dict) -> dict:
-    """What a program of ours wrote, or `default` if it has not yet.  UserError if it is foreign."""
-    if not file.exists():
-        return default
-    with explained(f"{file} is no file of this program: {{reason}}"):
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
+def read_object(text: str, types: dict) -> dict:
+    """A JSON object that has values of these types; else ValueError."""
+    found = json.loads(text)
+    for name, kind in types.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise ValueError(f"it has no {name} of the right type")
     return found
 
 
-def read_lines(file: Path, needed: dict[str, tuple]) -> list[dict]:
-    """Rows of a .jsonl file of ours, which have `needed` values of these types.  A last line that a
-    kill cut off counts for nothing."""
+def read_json(file: Path, types: dict) -> dict:
+    """What the file holds, {} if there is none.  UserError if it is foreign."""
     if not file.exists():
-        return []
+        return {}
+    with explained(f"{file} is no file of this program: {{reason}}"):
+        return read_object(file.read_text(), types)
+
+
+def read_lines(file: Path, types: dict) -> list[dict]:
+    """The rows of a .jsonl file, [] if there is none.  UserError if it is foreign."""
     rows = []
+    if not file.exists():
+        return rows
     with explained(f"{file} is no file of this program: {{reason}}"):
         lines = file.read_text().split("\n")
-        for number, line in enumerate(lines, 1):
-            if number == len(lines) and not is_json(line):
-                continue  # what follows the last newline
-            row = json.loads(line)
-            for name, types in needed.items():
-                if not isinstance(row, dict) or type(row.get(name, ...)) not in types:
-                    raise ValueError(f"line {number} has no {name} of the right type")
-            rows.append(row)
+        for line in lines[:-1]:
+            rows.append(read_object(line, types))
+        with contextlib.suppress(json.JSONDecodeError):  # a kill can cut off the last one
+            rows.append(read_object(lines[-1], types))
     return rows
-
-
-def is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 # ==== Figures: scores and shares in percent, lengths in tokens ====================================
 
 FIELDS = {  # of each line of --output, and their types
-    "checkpoint": (str,), "set": (str,), "question": (int,), "sample": (int,), "text": (str,),
-    "length": (int,), "finish_reason": (str,), "answer": (str, type(None)), "gold": (str,),
-    "correct": (bool,)}
+    "checkpoint": str, "set": str, "question": int, "sample": int, "text": str, "length": int,
+    "finish_reason": str, "answer": str | None, "gold": str, "correct": bool}
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -195,20 +86,13 @@ def pass_at(k: int, n: int, c: int) -> float:
 
 
 def majority(answers: list[str], right: list[bool]) -> float:
-    """1 if the most frequent answer is right; on a tie, the share of the tied answers that are.
-    Answers that the checker takes as equal are one."""
-    votes, is_right = [], []  # per different answer
-    seen = []
-    for answer, correct in zip(answers, right):
-        for i, other in enumerate(seen):
-            if answer == other or ogls.same_answer(answer, other):
-                votes[i] += 1
-                break
-        else:
-            seen.append(answer)
-            votes.append(1)
-            is_right.append(correct)
-    tied = [correct for count, correct in zip(votes, is_right) if count == max(votes)]
+    """Whether the most frequent answer is right; on a tie, the share of the tied ones that are."""
+    votes = Counter()  # by the place of the first of equal answers
+    for i, answer in enumerate(answers):
+        equal = [j for j in votes if answer == answers[j] or ogls.same_answer(answer, answers[j])]
+        place = equal[0] if equal else i
+        votes[place] += 1
+    tied = [right[place] for place in votes if votes[place] == max(votes.values())]
     return sum(tied) / max(len(tied), 1)
 
 
@@ -217,55 +101,63 @@ def paired_difference(gap: pd.Series) -> dict:
     95 % interval from 10,000 bootstrap samples of the questions."""
     drawn = np.random.default_rng(0).integers(len(gap), size=(10_000, len(gap)))
     low, high = np.percentile(gap.to_numpy()[drawn].mean(axis=1), (2.5, 97.5))
-    noise = low <= 0 <= high or len(gap) == 1  # one question has no spread
-    return {"vs base": gap.mean(), "95% low": low, "95% high": high,
-            "verdict": "within noise" if noise else "differs"}
+    verdict = "differs"
+    if low <= 0 <= high or len(gap) == 1:  # one question has no spread
+        verdict = "within noise"
+    return {"vs base": gap.mean(), "95% low": low, "95% high": high, "verdict": verdict}
 
 
 def score(responses: list[dict]) -> pd.DataFrame:
     """A row per set and checkpoint; the difference is over the questions that both have."""
-    frame = pd.DataFrame(responses, columns=list(FIELDS))
-    frame["point"] = 100.0 * frame["correct"].astype(float)
+    frame = pd.DataFrame(responses)
+    frame["point"] = 100.0 * frame["correct"]
     frame["no box"] = 100.0 * frame["answer"].isna()
     frame["cut off"] = 100.0 * (frame["finish_reason"] == "length")
     rows = []
     for (name, checkpoint), mine in frame.groupby(["set", "checkpoint"], sort=False):
         by_question = mine.groupby("question")
         means = by_question["point"].mean()
-        right, k = by_question["correct"].sum(), by_question.size().iloc[0]
+        k = by_question.size().iloc[0]
         row = {"set": name, "checkpoint": checkpoint, "questions": len(means)}
         row["mean@k"] = means.mean()
         row["s.e."] = means.sem()  # clustered by question: sqrt(sum (m_q - m)^2 / (Q (Q - 1)))
         for j in sorted({(k + 1) // 2, k}):
-            row[f"pass@{j}"] = 100 * fmean(pass_at(j, k, c) for c in right)
-        voters = mine[(mine["cut off"] == 0) & (mine["no box"] == 0)].groupby("question")
-        won = sum(majority(list(q["answer"]), list(q["correct"])) for _, q in voters)
+            row[f"pass@{j}"] = 100 * fmean(pass_at(j, k, c) for c in by_question["correct"].sum())
+        won = 0.0
+        voters = mine[(mine["cut off"] == 0) & (mine["no box"] == 0)]
+        for _, votes in voters.groupby("question"):
+            won += majority(list(votes["answer"]), list(votes["correct"]))
         row[f"maj@{k}"] = 100 * won / len(means)
         for column in ("cut off", "no box", "length"):
             row[column] = mine[column].mean()
-        found = MARKERS.findall("\n".join(mine["text"]))
-        row["markers"] = 1000 * len(found) / max(mine["length"].sum(), 1)
+        markers = mine["text"].str.count(MARKERS).sum()
+        row["markers"] = 1000 * markers / max(mine["length"].sum(), 1)
         base = frame[(frame["set"] == name) & (frame["checkpoint"] == "base")]
         gap = (means - base.groupby("question")["point"].mean()).dropna()
         if checkpoint != "base" and len(gap):
             row.update(paired_difference(gap))
         rows.append(row)
-    return pd.DataFrame(sorted(rows, key=lambda row: row["set"]))
+    return pd.DataFrame(rows).sort_values("set", kind="stable")
 
 
 # ==== Responses: on disk, then sampled ============================================================
+
+SETS = {
+    "aime24": "HuggingFaceH4/aime_2024",
+    "aime25": "yentinglin/aime_2025",
+    "amc23": "math-ai/amc23",
+    "hmmt25": "MathArena/hmmt_feb_2025",
+    "math500": "HuggingFaceH4/MATH-500"}
+# What a response depends on, beside adapter, set and k.
+SAMPLING = ["model", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "dtype"]
 
 
 def summary_of(output: Path) -> Path:
     return output.with_name(output.name + ".summary.json")
 
 
-def read_summary(output: Path) -> dict:
-    """Settings and figures of an --output file; UserError if they are not ours."""
-    found = {"settings": {}, "figures": [], **read_json(summary_of(output), {})}
-    if not isinstance(found["settings"], dict):
-        raise UserError(f"{summary_of(output)} is no file of this program: settings")
-    return found
+def read_settings_of(output: Path) -> dict:
+    return read_json(summary_of(output), {"settings": dict}).get("settings", {})
 
 
 def read_responses(output: Path, k: int = 0) -> list[dict]:
@@ -278,11 +170,9 @@ def read_responses(output: Path, k: int = 0) -> list[dict]:
     return [row for key, row in found.items() if counts[key[:3]] == k]
 
 
-def report(output: Path, settings: dict, responses: list[dict]) -> None:
+def report(output: Path, settings: dict, k: int = 0) -> None:
     """Shows the table and writes the summary beside the responses."""
-    if not responses:
-        return
-    figures = score(responses)
+    figures = score(read_responses(output, k))
     record = {"settings": settings, "figures": json.loads(figures.to_json(orient="records"))}
     write_text(summary_of(output), json.dumps(record, indent=2))
     say(figures.to_string(index=False, na_rep="", float_format="%.1f"))
@@ -292,35 +182,34 @@ def report(output: Path, settings: dict, responses: list[dict]) -> None:
 def held(output: Path) -> Iterator[None]:
     """The output file, for this process alone; an empty one is not left behind."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not summary_of(output).exists()
     output.touch()
     with ogls.locked(output):
         try:
             yield
         finally:
-            if output.exists() and output.stat().st_size == 0:
+            if output.stat().st_size == 0:
                 output.unlink()
-                if is_new:
-                    summary_of(output).unlink(missing_ok=True)
 
 
-def regrade(args: argparse.Namespace) -> None:
+def regrade(args: Namespace) -> None:
     """Grades the responses of a file again, in place or into --output."""
-    source, output = args.regrade, args.output or args.regrade
+    source, output = Path(args.regrade), Path(args.output or args.regrade)
     if not read_lines(source, FIELDS):
         raise UserError(f"--regrade {source}: there is no such file, or no response in it")
     if output != source and output.exists():
         raise UserError(f"--output {output} exists already; take another name")
-    settings = read_summary(source)["settings"]
+    settings = read_settings_of(source)
     with held(output):  # in place, nobody can append meanwhile
-        old, new = read_lines(source, FIELDS), []
-        for row in old:
-            correct = row["finish_reason"] == "stop" and grade(row["text"], row["gold"])
-            new.append({**row, "answer": ogls.extract_boxed(row["text"]), "correct": correct})
-        write_text(output, "".join(json.dumps(row) + "\n" for row in new))
-        changed = sum(a["correct"] != b["correct"] for a, b in zip(old, new))
-        say(f"{changed} of {len(new)} responses are graded differently")
-        report(output, settings, read_responses(output))
+        rows = read_lines(source, FIELDS)
+        changed = 0
+        for row in rows:
+            was = row["correct"]
+            row["answer"] = ogls.extract_boxed(row["text"])
+            row["correct"] = row["finish_reason"] == "stop" and grade(row["text"], row["gold"])
+            changed += row["correct"] != was
+        write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+        say(f"{changed} of {len(rows)} responses are graded differently")
+        report(output, settings)
 
 
 def read_adapter(folder: Path) -> dict:
@@ -334,9 +223,14 @@ def read_adapter(folder: Path) -> dict:
         used = [name for name in others if config.get(name)]
         if used or config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
             raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
-        return {"rank": int(config["r"]), "alpha": int(config["lora_alpha"]),
-                "hash": sha256(weights).hexdigest(),
-                "base": str(config.get("base_model_name_or_path"))}
+        rank, alpha = config["r"], config["lora_alpha"]
+        if rank != int(rank) or alpha != int(alpha):
+            raise ValueError(f"its r {rank} or lora_alpha {alpha} is no whole number")
+        return {
+            "rank": int(rank),
+            "alpha": int(alpha),
+            "hash": sha256(weights).hexdigest(),
+            "base": str(config.get("base_model_name_or_path"))}
 
 
 def load_sets(data: str) -> tuple[dict, dict]:
@@ -346,143 +240,143 @@ def load_sets(data: str) -> tuple[dict, dict]:
         name = Path(source).stem
         if f"set {name}" in hashes:
             raise UserError(f"--data has two sets that are called {name}")
-        if not (source in SETS or "/" in source or "." in source):
-            raise UserError(f"--data: {source!r} is none of {', '.join(SETS)}, no hub name (with "
-                            "a slash) and no .jsonl, .json or .parquet file")
+        if source not in SETS and "/" not in source and "." not in source:
+            raise UserError(f"--data {source} is no file, hub name or one of {', '.join(SETS)}")
         rows, dropped = ogls.load_problems(SETS.get(source, source), prefer="test")
         say(f"{name}: {len(rows)} questions; dropped: {dropped} without question or answer")
         for i, problem in enumerate(rows):
             problems[name, i] = problem
-        text = json.dumps([asdict(problem) for problem in rows])
-        hashes[f"set {name}"] = sha256(text.encode()).hexdigest()
+        hashes[f"set {name}"] = hash_of([asdict(problem) for problem in rows])
     return problems, hashes
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Samples what --output lacks, question by question.  All that can be refused is refused
-    before vLLM is imported."""
-    cfg = args.cfg
-    output = args.output or Path(f"scores/{Path(cfg.model).name}.jsonl")
-    adapters = {folder: read_adapter(folder) for folder in args.adapter or []}
-    for folder, adapter in adapters.items():
-        if Path(adapter["base"]).name != Path(cfg.model).name:
-            say(f"note: {folder} was trained on {adapter['base']}, and is scored on {cfg.model}")
-    if args.no_base and not adapters:
-        raise UserError("--no-base without --adapter leaves nothing to score")
-    shapes = {(adapter["rank"], adapter["alpha"]) for adapter in adapters.values()}
-    if cfg.sampler == "hf" and len(shapes) > 1:
+def hash_of(values: list) -> str:
+    return sha256(json.dumps(values).encode()).hexdigest()
+
+
+def fit_adapters(args: Namespace) -> dict[Path, dict]:
+    """What is known of each adapter; args.cfg gets their rank and alpha."""
+    adapters, shapes = {}, set()
+    for folder in args.adapter or []:
+        found = read_adapter(folder)
+        adapters[folder] = found
+        shapes.add((found["rank"], found["alpha"]))
+        if Path(found["base"]).name != Path(args.cfg.model).name:
+            say(f"note: {folder} was trained on {found['base']}, not on {args.cfg.model}")
+    if args.cfg.sampler == "hf" and len(shapes) > 1:
         raise UserError("--sampler hf takes adapters of one rank and alpha at a time")
     rank, alpha = max(shapes, default=(8, 8))
-    cfg = replace(cfg, lora_rank=rank, lora_alpha=alpha)
+    args.cfg = replace(args.cfg, lora_rank=rank, lora_alpha=alpha)
+    return adapters
+
+
+def check_settings(output: Path, settings: dict) -> dict:
+    """All that --output was and is made with.  UserError if two things would mix in it."""
+    before = read_settings_of(output)
+    if output.stat().st_size and not before:
+        raise UserError(f"{output} exists, but not its summary; take another --output")
+    for name, value in settings.items():
+        was = before.get(name, value)
+        if was != value:
+            raise UserError(f"{output} is of {name} {was}, not {value}; take another --output")
+    settings = {**before, **settings}
+    spellings = {}
+    for name, adapter in settings.items():
+        if name.startswith("adapter "):
+            first = spellings.setdefault(str(adapter), name)
+            if first != name:
+                raise UserError(f"{first} and {name} are one checkpoint; keep to one spelling")
+    return settings
+
+
+def evaluate(args: Namespace) -> None:
+    """Samples what --output lacks.  All that can be refused is, before vLLM is imported."""
+    adapters = fit_adapters(args)
+    checkpoints = list(adapters)
+    if not args.no_base:
+        checkpoints.insert(0, None)
+    if not checkpoints:
+        raise UserError("--no-base without --adapter leaves nothing to score")
+    cfg = args.cfg
+    output = Path(args.output or f"scores/{Path(cfg.model).name}.jsonl")
     tokenizer, _ = ogls.load_tokenizer(cfg)
-    problems, hashes = load_sets(args.data or "aime24,aime25")
+    problems, hashes = load_sets(cfg.data)
+    prompts = {}
+    for key, problem in problems.items():
+        prompts[key] = ogls.student_prompt(tokenizer, problem.question, cfg.thinking)
     # The longest question has to fit as well: to drop it would be another benchmark.
-    prompts = [ogls.student_prompt(tokenizer, p.question, cfg.thinking) for p in problems.values()]
-    cfg = replace(cfg, max_prompt_tokens=max(map(len, prompts)))
+    cfg = replace(cfg, max_prompt_tokens=max(map(len, prompts.values())))
     tokenizer, eos = ogls.load_tokenizer(cfg)
     settings = {name: getattr(cfg, name) for name in [*SAMPLING, "sampler"]}
-    settings.update(k=cfg.rollouts, **hashes)
-    settings["prompts"] = sha256(json.dumps(prompts).encode()).hexdigest()
-    for file in sorted(Path(cfg.model).glob("*.safetensors")):  # of a model on this disk
+    settings.update(hashes, k=cfg.rollouts, prompts=hash_of(list(prompts.values())))
+    for file in Path(cfg.model).glob("*.safetensors"):  # of a model on this disk
         with open(file, "rb") as weights:
             settings[f"weights {file.name}"] = file_digest(weights, "sha256").hexdigest()
     for folder, adapter in adapters.items():
         settings[f"adapter {folder}"] = adapter
     with held(output):
-        summary = read_summary(output)
-        before = summary["settings"]
-        for name, value in settings.items():
-            if before.get(name, value) != value:
-                raise UserError(f"{output} was made with {name} {before[name]}, not {value}; "
-                                "take another --output")
-        if output.stat().st_size and not before:
-            raise UserError(f"{output} exists, but not its summary; take another --output")
-        settings = {**before, **settings}
-        write_text(summary_of(output), json.dumps({**summary, "settings": settings}))
-        done = read_responses(output, cfg.rollouts)
-        checkpoints = list(adapters) if args.no_base else [None, *adapters]
-        have = {(row["checkpoint"], row["set"], row["question"]) for row in done}
-        todo = {}
+        settings = check_settings(output, settings)
+        with open(output, "r+b") as file:  # a kill can leave half a line
+            file.truncate(file.read().rfind(b"\n") + 1)
+        sampler, done = None, set()
+        for row in read_responses(output, cfg.rollouts):
+            done.add((row["checkpoint"], row["set"], row["question"]))
         for checkpoint in checkpoints:
-            batches = missing_batches(str(checkpoint or "base"), problems, have, cfg.sampler)
-            if batches:
-                todo[checkpoint] = batches
-        if todo:
-            end_last_line(output)
-            sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
-            for checkpoint, batches in todo.items():
-                for batch in batches:
-                    sample_batch(sampler, cfg, tokenizer, checkpoint, problems, batch, have, output)
-        report(output, settings, read_responses(output, cfg.rollouts))
+            name = str(checkpoint or "base")
+            have = {key for key in problems if (name, *key) in done}
+            if len(have) < len(problems) and not sampler:
+                sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
+                write_text(summary_of(output), json.dumps({"settings": settings}))
+            for key, rollouts in sample_missing(sampler, cfg, checkpoint, prompts, have):
+                append_responses(output, name, key, problems[key], rollouts)
+                have.add(key)
+                if len(have) % 10 == 0:
+                    say(f"{name}: {len(have)} of {len(problems)} questions")
+        report(output, settings, cfg.rollouts)
 
 
-def missing_batches(checkpoint: str, problems: dict, have: set, sampler: str) -> list[list[tuple]]:
-    """Keys (set, question) without responses, in batches.  All sets go into vLLM together: the wait
-    for the longest ones is paid once.  With generate a batch is eight questions of a set, sampled
-    anew as a whole, because samples must not depend on where a run was killed."""
-    missing = [key for key in problems if (checkpoint, *key) not in have]
-    if sampler == "vllm":
-        return [missing] if missing else []
-    batches = {}
-    for name, i in problems:
-        batches.setdefault((name, i // 8), []).append((name, i))
-    return [batch for batch in batches.values() if set(batch) & set(missing)]
-
-
-def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int):
+def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
     if cfg.sampler == "vllm":
         return ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
 
 
-def sample_batch(sampler, cfg: Config, tokenizer, checkpoint: Path | None, problems: dict,
-                 keys: list[tuple], have: set, output: Path) -> None:
-    """Appends the responses of a checkpoint to --output, question by question."""
-    name = str(checkpoint or "base")
-    prompts, seeds = [], []
-    for key in keys:
-        prompts.append(ogls.student_prompt(tokenizer, problems[key].question, cfg.thinking))
-        seeds.append(random.Random(f"{cfg.seed}/{key[0]}/{key[1]}").getrandbits(31))
-    for i, rollouts in sampler.sample(prompts, seeds, checkpoint, cfg):
-        if (name, *keys[i]) not in have:
-            append_responses(output, name, keys[i], problems[keys[i]], rollouts)
-            have.add((name, *keys[i]))
-            done = sum((name, *key) in have for key in problems)
-            if done % 10 == 0 or done == len(problems):
-                say(f"{name}: {done} of {len(problems)} questions")
+def sample_missing(sampler, cfg: Config, folder: Path | None, prompts: dict, have: set) -> Iterator:
+    """Yields each (set, question) that is not in `have`, with its responses.  All go into vLLM
+    together, to wait for the longest once.  generate takes eight of a set at a time, the same
+    eight whatever a kill left: its samples depend on the whole batch."""
+    batches = {}
+    for name, i in prompts:
+        batches.setdefault((name, i // 8), []).append((name, i))
+    if cfg.sampler == "vllm":
+        batches = {"all": [key for key in prompts if key not in have]}
+    for batch in batches.values():
+        if have.issuperset(batch):
+            continue
+        seeds = [Random(f"{cfg.seed}/{name}/{i}").getrandbits(31) for name, i in batch]
+        for i, rollouts in sampler.sample([prompts[key] for key in batch], seeds, folder, cfg):
+            if batch[i] not in have:
+                yield batch[i], rollouts
 
 
-def append_responses(output: Path, checkpoint: str, key: tuple, problem: ogls.Problem,
-                     rollouts: list[ogls.Rollout]) -> None:
+def append_responses(output: Path, name: str, key: tuple, problem: Problem, rollouts: list) -> None:
     """The responses to one question, in one write."""
     lines = ""
     for sample, y in enumerate(rollouts):
-        values = [checkpoint, *key, sample, y.text, len(y.tokens),
-                  "stop" if y.finished else "length", ogls.extract_boxed(y.text), problem.answer,
-                  y.finished and grade(y.text, problem.answer)]
+        reason = "stop" if y.finished else "length"
+        correct = y.finished and grade(y.text, problem.answer)
+        values = [name, *key, sample, y.text, len(y.tokens), reason,
+                  ogls.extract_boxed(y.text), problem.answer, correct]
         lines += json.dumps(dict(zip(FIELDS, values))) + "\n"
     with open(output, "a") as file:
         file.write(lines)
 
 
-def end_last_line(output: Path) -> None:
-    """What a kill left behind the last newline is ended if it is whole, else cut off."""
-    text = output.read_text()
-    last = text.rpartition("\n")[2]
-    if last and is_json(last):
-        with open(output, "a") as file:
-            file.write("\n")
-    elif last:
-        with open(output, "r+b") as file:
-            file.truncate(len(text[: -len(last)].encode()))
-
-
 # ==== The toy: a tiny Qwen3 that rarely checks, and never when it is shown a solution =============
 # A start digit and four operations; the question is the last digit of the result.  To say it at
-# once is a guess, to write out the steps is not: 40 facts are learnt in seconds, 2,560 results are
-# not.  The warm-up builds in the paper's premise: shown any guide, the model hardly checks, and a
-# little less rarely if its guide did.  What follows from that is measured.
+# once is a guess, to write out the steps is not.  The warm-up builds in the paper's premise: shown
+# any guide, the model hardly checks, and a little less rarely if its guide did.
 
 # Unlike the recipe: sizes, learning rate, ramp, and no clip, which would train the opposite.
 TOY = ["--sampler=hf", "--dtype=float32", "--questions=16", "--max-new-tokens=40", "--lr=0.0003",
@@ -520,7 +414,7 @@ def toy_question(digits: list[int], operations: list[str]) -> str:
     return f"Start with {digits[0]}, {', '.join(operations)}. What is the last digit?"
 
 
-def toy_answer(rng: random.Random, digits: list[int], operations: list[str], checks: bool) -> str:
+def toy_answer(rng: Random, digits: list[int], operations: list[str], checks: bool) -> str:
     """With the steps written out, or at once."""
     start = rng.choice(WORDINGS)
     if checks:
@@ -531,7 +425,16 @@ def toy_answer(rng: random.Random, digits: list[int], operations: list[str], che
     return f"{start}\\boxed{{{digits[-1]}}}"
 
 
-def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
+def toy_problem(rng: Random) -> dict[str, str]:
+    operations = rng.choices(OPERATIONS, k=4)
+    digits = toy_steps(rng.randrange(10), operations)
+    return {
+        "problem": toy_question(digits, operations),
+        "solution": toy_answer(rng, digits, operations, checks=False),  # none of them checks
+        "answer": str(digits[-1])}
+
+
+def toy_example(rng: Random, tokenizer) -> Tensor:  # (L, 2)
     """Ids and labels of a text of the warm-up.  Half are guided; a guide is right half of the time.
     An answer at once repeats its guide's result; one that checks computes for itself."""
     operations = rng.choices(OPERATIONS, k=4)
@@ -558,12 +461,12 @@ def toy_example(rng: random.Random, tokenizer) -> Tensor:  # (L, 2)
 def make_toy(folder: Path, seed: int) -> None:
     """Makes a tiny Qwen3 after its warm-up, its tokenizer, train.jsonl and heldout.jsonl, once."""
     if (folder / "heldout.jsonl").exists():
-        made_with = read_json(folder / "seed.json", {"seed": seed}).get("seed")
+        made_with = read_json(folder / "seed.json", {"seed": int}).get("seed", seed)
         if made_with != seed:
             raise UserError(f"{folder} was made with --seed {made_with}; take another --output-dir")
         return
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng = Random(seed)
     tokenizer = toy_tokenizer()
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
@@ -582,37 +485,38 @@ def make_toy(folder: Path, seed: int) -> None:
             say(f"warm-up of the toy: step {step} of {WARM_UP}, loss {loss.item():.3f}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = {}
-    while len(rows) < 1140:
-        operations = rng.choices(OPERATIONS, k=4)
-        digits = toy_steps(rng.randrange(10), operations)
-        question = toy_question(digits, operations)
-        solution = toy_answer(rng, digits, operations, checks=False)  # none of them checks
-        rows[question] = {"problem": question, "solution": solution, "answer": str(digits[-1])}
-    lines = [json.dumps(row) + "\n" for row in rows.values()]
-    write_text(folder / "train.jsonl", "".join(lines[:1000]))
     write_text(folder / "seed.json", json.dumps({"seed": seed}))
-    write_text(folder / "heldout.jsonl", "".join(lines[1000:]))  # last: then all of it is there
+    write_problems(folder, toy_problem, rng, 1000, 140)
+
+
+def write_problems(folder: Path, make: Callable, rng: Random, train: int, heldout: int) -> None:
+    """train.jsonl and heldout.jsonl, no question twice; heldout last: then all of it is there."""
+    rows = {}
+    while len(rows) < train + heldout:
+        row = make(rng)
+        rows[row["problem"]] = row
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    write_text(folder / "train.jsonl", "".join(lines[:train]))
+    write_text(folder / "heldout.jsonl", "".join(lines[train:]))
 
 
 def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
-    """Right answers and answers that check, in percent, on the held-out problems; markers per 1,000
-    tokens, length in tokens."""
-    cfg = ogls.parse_args([*words, "--sampler=hf"])
+    """On the held-out problems: shares in percent, markers per 1,000 tokens, length in tokens."""
+    cfg = replace(ogls.parse_args([*words, "--sampler=hf"]), rollouts=8, method="ogls")
     tokenizer, eos = ogls.load_tokenizer(cfg)
     sampler = ogls.HFSampler(ogls.load_model(cfg), tokenizer, eos)
     problems, _ = ogls.load_problems(f"{cfg.model}/heldout.jsonl")
-    cfg = replace(cfg, rollouts=8, method="ogls")
     groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
-    right = {True: [], False: []}  # by whether an answer checks
-    for group in groups:
-        for y in group.rollouts:
-            right["Let me check" in y.text].append(y.correct)
     found = ogls.rollout_metrics(groups)
-    return {"right": 100 * found["reward"], "markers": found["markers"], "length": found["length"],
-            "check": 100 * len(right[True]) / (8 * len(groups)),
-            "right_if_checked": 100 * fmean(right[True] or [math.nan]),
-            "right_at_once": 100 * fmean(right[False] or [math.nan])}
+    rollouts = pd.concat([pd.DataFrame(group.rollouts) for group in groups])
+    checks = rollouts["text"].str.contains("Let me check")
+    return {
+        "right": 100 * found["reward"],
+        "markers": found["markers"],
+        "length": found["length"],
+        "check": 100 * checks.mean(),
+        "right_if_checked": 100 * rollouts["correct"][checks].mean(),
+        "right_at_once": 100 * rollouts["correct"][~checks].mean()}
 
 
 def run_toy(argv: list[str]) -> int:
@@ -633,11 +537,13 @@ def run_toy(argv: list[str]) -> int:
     if code:
         return code
     last = ogls.checkpoints(out)[-1]
-    before, after = score_toy(words, None), score_toy(words, last)
-    summary = {"before": before["right"], "after": after["right"], "steps": int(last.name[5:]),
-               "seconds": time.perf_counter() - began, "checks_before": before["check"],
-               "checks_after": after["check"], "markers_before": before["markers"],
-               "markers_after": after["markers"]}
+    before = score_toy(words, None)
+    after = score_toy(words, last)
+    summary = {"steps": int(last.name[5:]), "seconds": time.perf_counter() - began}
+    for when, found in (("before", before), ("after", after)):
+        summary[when] = found["right"]
+        summary[f"checks_{when}"] = found["check"]
+        summary[f"markers_{when}"] = found["markers"]
     write_text(out / "summary.json", json.dumps(summary))
     say(f"held-out mean@8: {before['right']:.1f} % before, {after['right']:.1f} % after, "
         f"{summary['steps']} steps, {summary['seconds']:.0f} s")
@@ -649,205 +555,191 @@ def run_toy(argv: list[str]) -> int:
 
 # ==== Training curves, and the paper's comparison on the toy ======================================
 
-PANELS = {"reward": "Right answers among the rollouts (%)",
-          "markers": "Reflection markers per 1,000 tokens"}
-LOGGED = {"step": (int,), "reward": (int, float), "markers": (int, float)}
-ROWS = {"sft": ["--method=sft"], "grpo": ["--method=grpo"], "opsd": ["--method=opsd"],
-        "pos-mean": ["--method=pos-mean"], "pos-only": ["--method=pos-only"], "ogls": [],
-        "ogls, clip 0.05": ["--clip=0.05"],  # the paper's
-        "ogls, lambda 3 early": ["--ramp-steps=10"]}
-COLOURS = ["#999999", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#000000", "#0072b2"]
+LOGGED = {"step": int, "reward": int | float, "markers": int | float}
+ROWS = {
+    "sft": ["--method=sft"],
+    "grpo": ["--method=grpo"],
+    "opsd": ["--method=opsd"],
+    "pos-mean": ["--method=pos-mean"],
+    "pos-only": ["--method=pos-only"],
+    "ogls": [],
+    "ogls, clip 0.05": ["--clip=0.05"],  # the paper's
+    "ogls, lambda 3 early": ["--ramp-steps=10"]}
 
 
-def draw(runs: dict[str, list[list[dict]]], file: Path) -> None:
-    """Curves by name, each the mean of its runs' metrics.jsonl; faint steps, bold running means."""
+def draw(runs: dict[str, list[Path]], file: Path) -> None:
+    """A curve for each name: the running mean of what its runs logged."""
+    curves = {}
+    for name, folders in runs.items():
+        rows = []
+        for folder in folders:
+            log = read_lines(folder / "metrics.jsonl", LOGGED)
+            if not log:
+                raise UserError(f"{folder} has no metrics.jsonl with a step; give a run's folder")
+            rows += log
+        means = pd.DataFrame(rows).groupby("step")[["reward", "markers"]].mean()
+        curves[name] = means.rolling(max(3, len(means) // 8), 1, center=True).mean()
     with explained("a picture needs matplotlib ({reason}): pip install matplotlib"):
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 4.2), layout="constrained")
-    for axis, (key, title) in zip(axes, PANELS.items()):
-        for i, (name, logs) in enumerate(runs.items()):
-            columns = [pd.DataFrame(log).set_index("step")[key] for log in logs]
-            values = pd.concat(columns, axis=1).mean(axis=1).astype(float)
-            if key == "reward":
-                values = 100 * values
-            smooth = values.rolling(max(3, len(values) // 8), 1, center=True).mean()
-            dashes = "--" if "," in name else "-"
-            axis.plot(values, color=COLOURS[i % len(COLOURS)], alpha=0.2)
-            axis.plot(smooth, dashes, color=COLOURS[i % len(COLOURS)], label=name, linewidth=2)
-        axis.set_title(title)
-        axis.set_xlabel("training step")
-        axis.set_ylim(bottom=0)
-        axis.grid(True, alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    table = pd.concat(curves, axis=1)  # columns: (name, reward) and (name, markers)
+    table.xs("reward", axis=1, level=1).plot(ax=left, title="Share of right rollouts")
+    table.xs("markers", axis=1, level=1).plot(ax=right, title="Reflection markers per 1,000 tokens")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     say(f"wrote {file}")
 
 
-def plot(args: argparse.Namespace) -> None:
-    runs = {}
-    args.output = args.output or Path("scores/curves.png")
-    if args.output.suffix != ".png":
-        raise UserError(f"--plot writes a .png, so not {args.output}")
-    for run in args.plot:
-        log = read_lines(run / "metrics.jsonl", LOGGED)
-        if not log:
-            raise UserError(f"--plot {run} has no metrics.jsonl with a step; give a run's folder")
-        runs[str(run)] = [log]
-    with explained("--plot cannot draw these logs: {reason}"):
-        draw(runs, args.output)
+def plot(args: Namespace) -> None:
+    output = Path(args.output or "scores/curves.png")
+    if output.suffix != ".png":
+        raise UserError(f"--plot writes a .png, so not {output}")
+    draw({str(run): [run] for run in args.plot}, output)
 
 
-def toy_table(args: argparse.Namespace) -> None:
+def toy_table(args: Namespace) -> None:
     """Every method from one warm start a seed.  Finished runs are read back, killed ones go on."""
-    folder, seeds = args.output_dir or Path("runs/table"), args.seeds or 3
-    scores, logs = {}, {}
-    for seed in range(seeds):
-        toy = folder / f"toy_{seed}"
-        make_toy(toy, seed)
-        for name, flags in {"base": None, **ROWS}.items():
-            steps = [f"--steps={args.steps}"] if args.steps else []
-            out = folder / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
-            settings = [*TOY, f"--seed={seed}", *steps]
-            words = [f"--model={toy}", f"--data={toy}/train.jsonl", *settings]
-            result = out / "result.json"
-            command = shlex.join([*settings, *(flags or [])])
-            done = read_json(result, {"command": command})
-            if done.get("command") != command:
-                raise UserError(f"{result} is of other settings; take another --output-dir")
-            if not result.exists():
-                adapter = None
-                if flags is not None:
-                    resume = ["--resume"] if (out / "config.json").exists() else []
-                    if ogls.main([*words, *flags, f"--output-dir={out}", *resume]):
-                        raise UserError(f"the run in {out} failed; its error stands above")
-                    adapter = ogls.checkpoints(out)[-1]
-                out.mkdir(parents=True, exist_ok=True)
-                done.update(score_toy(words, adapter))
-                write_text(result, json.dumps(done))
-            scores.setdefault(name, []).append(done)
-            if flags is not None:
-                logs.setdefault(name, []).append(read_lines(out / "metrics.jsonl", LOGGED))
-    say(f"\nheld-out problems, mean ± standard deviation of {seeds} seeds (of everything):")
-    columns = ["right", "check", "markers", "length"]
-    say(f"{'':<22}" + "".join(f"{column:>16}" for column in columns))
-    for name, found in scores.items():
-        line = f"{name:<22}"
-        for column in columns:
-            with explained(f"a result.json of {name} is no file of this program: {{reason}}"):
-                values = [float(row[column]) for row in found]
-            spread = stdev(values) if seeds > 1 else 0.0
-            line += f"{fmean(values):9.1f} ± {spread:4.1f}"
-        say(line)
-    draw(logs, folder / "toy.png")
+    folder = Path(args.output_dir or "runs/table")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, runs = [], {}
+    with ogls.locked(folder):
+        for seed in range(args.seeds or 3):
+            make_toy(folder / f"toy_{seed}", seed)
+            for name, flags in {"base": None, **ROWS}.items():
+                out = folder / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+                rows.append({"method": name, **toy_result(out, seed, flags, args.steps)})
+                if name != "base":
+                    runs.setdefault(name, []).append(out)
+        say("\nheld-out problems, mean ± standard deviation over seeds (of everything):")
+        by_method = pd.DataFrame(rows).groupby("method", sort=False)
+        columns = by_method[["right", "check", "markers", "length"]]
+        spreads = columns.std().fillna(0.0)
+        table = columns.mean().map("{:.1f} ± ".format) + spreads.map("{:.1f}".format)
+        say(table.to_string())
+        draw(runs, folder / "toy.png")
+
+
+def toy_result(out: Path, seed: int, flags: list[str] | None, steps: int | None) -> dict:
+    """Scores of a run of the table, made if they are not there; flags of None: of the base."""
+    toy, adapter = out.parent / f"toy_{seed}", None
+    settings = [*TOY, f"--seed={seed}"]
+    if steps:
+        settings.append(f"--steps={steps}")
+    command = shlex.join([*settings, *(flags or [])])
+    types = {"command": str, "right": float, "check": float, "markers": float, "length": float}
+    found = read_json(out / "result.json", types)
+    if found.get("command", command) != command:
+        raise UserError(f"{out}/result.json is of other settings; take another --output-dir")
+    if found:
+        return found
+    words = [f"--model={toy}", f"--data={toy}/train.jsonl", *settings]
+    if flags is not None:
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        if ogls.main([*words, *flags, f"--output-dir={out}", *resume]):
+            raise UserError(f"the run in {out} failed; its error stands above")
+        adapter = ogls.checkpoints(out)[-1]
+    found = {"command": command, **score_toy(words, adapter)}
+    out.mkdir(exist_ok=True)
+    write_text(out / "result.json", json.dumps(found))
+    return found
 
 
 # ==== What the teacher knows: --teacher ===========================================================
 
 
-def open_model(cfg: Config, adapter: Path | None) -> tuple:
-    """Tokenizer, sampler and problems for a look at a model, with the adapter's rank and alpha."""
-    if adapter:
-        found = read_adapter(adapter)
-        cfg = replace(cfg, lora_rank=found["rank"], lora_alpha=found["alpha"])
-    tokenizer, eos = ogls.load_tokenizer(cfg)
-    problems = ogls.choose_problems(cfg, tokenizer)
-    model = ogls.load_model(cfg)
-    ogls.prove_steering(model, cfg)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    return tokenizer, ogls.HFSampler(model, tokenizer, eos), problems
-
-
-def one_adapter(args: argparse.Namespace) -> Path | None:
-    if args.adapter and len(args.adapter) > 1:
+def open_model(args: Namespace) -> tuple:
+    """Tokenizer, sampler, problems and the one adapter or None, for a look at a model."""
+    adapters = list(fit_adapters(args))
+    if len(adapters) > 1:
         raise UserError(f"--{args.mode} takes one --adapter")
-    return args.adapter[0] if args.adapter else None
+    tokenizer, eos = ogls.load_tokenizer(args.cfg)
+    problems = ogls.choose_problems(args.cfg, tokenizer)
+    sampler = open_sampler(args.cfg, tokenizer, eos)
+    ogls.prove_steering(sampler.model, args.cfg)
+    return tokenizer, sampler, problems, adapters[0] if adapters else None
 
 
-def teacher(args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy alone, shown the solution, shown a wrong rollout: what there is to distil.  Guides
-    of both signs are tried on the same questions, those that have a wrong rollout."""
-    cfg, adapter = args.cfg, one_adapter(args)
-    tokenizer, sampler, problems = open_model(cfg, adapter)
+def teacher(args: Namespace) -> None:
+    """What there is to distil: accuracy alone, and shown a guide where a rollout was wrong."""
+    tokenizer, sampler, problems, adapter = open_model(args)
+    cfg = args.cfg
     problems = [problem for problem in problems if problem.solution][: args.teacher]
     if not problems:
         raise UserError("--teacher needs problems with solutions, and --data has none")
-    groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
-    alone, right_guides, wrong_guides = [], [], []
-    for group in groups:
+    alone, solutions, mistakes = [], [], []
+    for group in ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg):
         alone.append(fmean(y.correct for y in group.rollouts))
         wrong = [y.text for y in group.rollouts if not y.correct]
         if wrong:
-            right_guides.append((group.problem, group.problem.solution))
-            wrong_guides.append((group.problem, wrong[0]))
-    results = {"student alone": alone}
-    results["alone, same questions"] = [share for share in alone if share < 1]
-    for name, guides in {"shown the solution": right_guides,
-                         "shown a wrong rollout": wrong_guides}.items():
-        prompts = []
-        for problem, guide in guides:
-            question = problem.question
-            prompts.append(ogls.teacher_prompt(tokenizer, question, guide, cfg.teacher_thinking))
-        seeds = [cfg.seed + i * cfg.rollouts for i in range(len(prompts))]
-        results[name] = [0.0] * len(prompts)
-        for i, rollouts in sampler.sample(prompts, seeds, None, cfg) if prompts else []:
-            gold = guides[i][0].answer
-            results[name][i] = fmean(y.finished and grade(y.text, gold) for y in rollouts)
+            solutions.append((group.problem, group.problem.solution))
+            mistakes.append((group.problem, wrong[0]))
+    results = {
+        "student alone": alone,
+        "alone, same questions": [share for share in alone if share < 1],
+        "shown the solution": guided_shares(sampler, tokenizer, solutions, cfg),
+        "shown a wrong rollout": guided_shares(sampler, tokenizer, mistakes, cfg)}
     for name, shares in results.items():
-        error = stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else math.nan
-        mean = fmean(shares) if shares else math.nan
-        say(f"{name:<22} {100 * mean:5.1f} % right, s.e. {100 * error:4.1f}, "
+        percent = 100 * pd.Series(shares, dtype=float)
+        say(f"{name:<22} {percent.mean():5.1f} % right, s.e. {percent.sem():4.1f}, "
             f"{len(shares)} questions x {cfg.rollouts}")
-    say("OGLS-SD distils the gap between the last two on the rollouts that are wrong: no gap, no "
-        "gain.")
-    return {name: fmean(shares) for name, shares in results.items() if shares}
+    say("OGLS-SD distils the gap between the last two, on wrong rollouts: no gap, no gain.")
+
+
+def guided_shares(sampler, tokenizer, guides: list[tuple], cfg: Config) -> list:
+    """The teacher's share of right answers to each problem, shown its guide."""
+    prompts, seeds = [], []
+    for i, (problem, guide) in enumerate(guides):
+        question = problem.question
+        prompts.append(ogls.teacher_prompt(tokenizer, question, guide, cfg.teacher_thinking))
+        seeds.append(cfg.seed + i * cfg.rollouts)
+    shares = [0.0] * len(guides)
+    if guides:
+        for i, rollouts in sampler.sample(prompts, seeds, None, cfg):
+            gold = guides[i][0].answer
+            shares[i] = fmean(y.finished and grade(y.text, gold) for y in rollouts)
+    return shares
 
 
 # ==== A look inside the steered target: --inspect =================================================
 
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Steered target</title>
+<style>body { font: 16px/2 monospace; white-space: pre-wrap; max-width: 1000px; margin: 2em auto }
+span { border-bottom: 1px dotted #999 }</style><h1>Inside the steered target</h1>The student wrote
+these wrong rollouts.  Blue tokens are those that the steered teacher finds likelier than the
+student does, orange ones less likely: there training pulls the student.  Point at a token for
+its figures: of the student, of the teacher alone (anchor), and steered by lambda Delta."""
 
-def inspect(args: argparse.Namespace) -> None:
+
+def inspect(args: Namespace) -> None:
     """A page on N questions with a wrong rollout; its main points also go to the terminal."""
-    adapter = one_adapter(args)
-    output = args.output or Path("scores/inspect.html")
+    output = Path(args.output or "scores/inspect.html")
     if output.suffix != ".html":
         raise UserError(f"--inspect writes an .html page, so not {output}")
-    cfg = replace(args.cfg, method="ogls")
-    tokenizer, sampler, problems = open_model(cfg, adapter)
-    groups = []
+    tokenizer, sampler, problems, adapter = open_model(args)
+    cfg, model, parts = args.cfg, sampler.model, []
     some = problems[: 2 * args.inspect]
     for group in ogls.sample_groups(sampler, tokenizer, some, 0, adapter, cfg):
-        reader = ogls.make_reader(sampler.model, tokenizer, group, cfg)
-        if len(groups) < args.inspect and ogls.make_examples(group, reader, cfg, 0.0)[0]:
-            groups.append(group)
-    if not groups:
+        read = ogls.make_reader(model, tokenizer, group, cfg)
+        if len(parts) < args.inspect and ogls.make_examples(group, read, cfg, 0.0)[0]:
+            question, solution = group.problem.question, group.problem.solution
+            say(f"\n{question}")
+            j = [y.correct for y in group.rollouts].index(False)
+            states = five_states(model, tokenizer, group, j, cfg)
+            tokens = group.rollouts[j].tokens
+            shown = show_rollout(model, tokenizer, f"Rollout {j + 1}", tokens, states, cfg)
+            shown = f"Solution: {html.escape(solution)}{shown}"
+            parts.append(f"<h2>{html.escape(question)}</h2>{shown}")
+    if not parts:
         raise UserError("--inspect: no question has a wrong rollout and guides in both pools")
-    facts = (f"Shown: {cfg.model}, adapter {adapter or 'none'}, lambda {cfg.strength:g}, "
-             f"{cfg.kl} KL, clip {cfg.clip or 'off'}, temperature {cfg.temperature:g}.")
-    page = [PAGE, escape(facts)]
-    for group in groups:
-        page.append(show_group(sampler.model, tokenizer, group, cfg))
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, "\n".join(page))
-    say(f"\n{len(groups)} question(s): open {output} in a browser")
-
-
-def escape(text: str) -> str:
-    return html.escape(ogls.printable(text))
+    write_text(output, ogls.printable("\n".join([PAGE, *parts])))
+    say(f"\nopen {output} in a browser")
 
 
 @torch.no_grad()
 def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Tensor:
-    """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.
-
-    From the trainer's own targets: z0 is the target at lambda 0, zbar+ is pos-mean's, and Delta =
-    zT - z0 at lambda 1 gives zbar- = zbar+ - Delta.
-    """
+    """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.  From the trainer's own
+    targets: at lambda 0 it is z0, at lambda 1 z0 + Delta, of pos-mean zbar+."""
     read = ogls.make_reader(model, tokenizer, group, cfg)
     targets = []
     for method, strength in [("ogls", 0.0), ("pos-mean", 0.0), ("ogls", 1.0)]:
@@ -862,105 +754,63 @@ def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Con
     return torch.stack([student, z0, zbar_plus, zbar_plus - delta, zT])
 
 
-def show_group(model: nn.Module, tokenizer, group: ogls.Group, cfg: Config) -> str:
-    """A question, its first wrong and first right rollout, and its rollouts as guides, as HTML."""
-    head = f"{group.problem.question}\nReference answer: {group.problem.answer}"
-    say(f"\n{head}")
-    parts = [f"<h2>Question</h2><pre>{escape(head)}</pre>"]
-    for wanted, name in [(False, "wrong"), (True, "right, not trained on")]:
-        numbers = [j for j, y in enumerate(group.rollouts) if y.correct == wanted]
-        for j in numbers[:1]:
-            states = five_states(model, tokenizer, group, j, cfg)  # (5, T, d)
-            tokens = group.rollouts[j].tokens
-            title = f"Rollout {j + 1} is {name}"
-            parts.append(show_rollout(model, tokenizer, title, tokens, states, cfg))
-    guides = f"solution: {group.problem.solution}\n\n"
-    for j, y in enumerate(group.rollouts, 1):
-        guides += f"rollout {j}, {'right' if y.correct else 'wrong'}: {y.text}\n\n"
-    parts.append(f"<details><summary>Guides</summary><pre>{escape(guides)}</pre></details>")
-    return "".join(parts)
-
-
 @torch.no_grad()
 def show_rollout(model: nn.Module, tokenizer, title: str, tokens: list[int], states: Tensor,
                  cfg: Config) -> str:
-    """Coloured tokens, and in words the first one and the three where student and target differ
-    most.  states: (5, T, d) of `five_states`."""
+    """Coloured tokens, as HTML; the terminal gets how each teacher would begin, and the three
+    tokens where student and target differ most.  states: (5, T, d) of `five_states`."""
     logits = ogls.float32_head(model)(states)  # (5, T, V)
-    logp = (logits / cfg.temperature).log_softmax(-1)
+    p = (logits / cfg.temperature).softmax(-1)  # (5, T, V)
+    student, anchor, right, wrong, steered = p  # (T, V) each
     loss, exact = ogls.divergences(logits[0], logits[4], cfg.kl, cfg.clip, cfg.temperature)  # (T,)
+    say(title)
+    likely = p[1:, 0].amax(0).topk(3).indices.tolist()
+    for name, shares in {"anchor, no guide": anchor, "shown right guides": right,
+                         "shown wrong guides": wrong, "steered": steered}.items():
+        line = f"first token, {name}:"
+        for i in likely:
+            line += f" [{tokenizer.decode([i])}] {shares[0, i]:.1%}"
+        say(line)
     notes, spans = [], ""
     for t, token in enumerate(tokens[: len(exact)]):
-        note = describe(tokenizer, token, logp[:, t])
-        notes.append(note + f"; divergence {exact[t]:.3f} nats, {loss[t]:.3f} as clipped")
-        move = (logp[4, t, token].exp() - logp[0, t, token].exp()).item()
-        colour = f"rgba({'0,114,178' if move > 0 else '230,97,0'},{abs(move):.3f})"
-        text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
-        spans += f'<span style="background:{colour}" title="{escape(notes[t])}">{text}</span>'
-    brief = [first_token(tokenizer, logp[:, 0])]
+        word = tokenizer.decode([token])
+        note = (f"[{word}] student {student[t, token]:.1%}, anchor {anchor[t, token]:.1%}, steered "
+                f"{steered[t, token]:.1%}; divergence {exact[t]:.3f} nats, {loss[t]:.3f} as "
+                "clipped; Delta moves")
+        for i in (steered[t] - anchor[t]).abs().topk(3).indices.tolist():
+            note += f" [{tokenizer.decode([i])}] {anchor[t, i]:.0%} to {steered[t, i]:.0%}"
+        notes.append(note)
+        rise = float(steered[t, token] - student[t, token])
+        hue = "0,114,178" if rise > 0 else "230,97,0"
+        style = f"background:rgba({hue},{abs(rise):.3f})"
+        spans += f'<span style="{style}" title="{html.escape(note)}">{html.escape(word)}</span>'
     for t in exact.topk(min(3, len(exact))).indices.tolist():
-        brief.append(f"token {t + 1}: {notes[t]}")
-    say(title + "\n" + "\n".join(brief))
-    return f"<h3>{title}</h3><p>{spans}</p><pre>{escape(chr(10).join(brief))}</pre>"
-
-
-def first_token(tokenizer, logp: Tensor) -> str:
-    """How each of the five (5, V) would begin: where a teacher decides to check or not."""
-    names = ["student", "anchor, no guide", "shown right guides", "shown wrong guides", "steered"]
-    likely = logp[1:].amax(0).topk(3).indices.tolist()
-    lines = []
-    for name, row in zip(names[1:], logp[1:].exp()):
-        shares = [f"[{tokenizer.decode([i])}] {row[i]:.1%}" for i in likely]
-        lines.append(f"first token, {name}: {', '.join(shares)}")
-    return "\n".join(lines)
-
-
-def describe(tokenizer, token: int, logp: Tensor) -> str:
-    """A token in words.  logp: (5, V).  Delta also moves thousands of tokens that the teacher would
-    never say; they are left out."""
-    p = logp.exp()
-    note = (f"[{tokenizer.decode([token])}] student {p[0, token]:.1%}, anchor {p[1, token]:.1%}, "
-            f"steered {p[4, token]:.1%}")
-    moved = (p[4] - p[1]).abs().topk(3).indices.tolist()
-    shares = [f"[{tokenizer.decode([i])}] {p[1, i]:.0%} to {p[4, i]:.0%}" for i in moved]
-    return f"{note}; Delta moves {', '.join(shares)}"
-
-
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Steered target</title>
-<style>body { font: 16px/1.5 sans-serif; max-width: 1000px; margin: 2em auto }
-h3 + p, pre { font-family: monospace; white-space: pre-wrap } h3 + p { line-height: 2 }
-h3 + p span { border-bottom: 1px dotted #999 }</style><h1>Inside the steered target</h1>
-<p>The <b>student</b> wrote the rollouts below.  At every token the teacher says what it would
-write: alone (the <b>anchor</b>) and <b>steered</b> by lambda Delta, which is what changes when
-right solutions stand in its prompt in place of wrong ones.  On wrong rollouts training pulls the
-student to the steered teacher.</p><p>Blue: the steered teacher finds the token likelier than the
-student does; orange: less likely.  Point at a token for its figures.</p>"""
+        say(f"token {t + 1}: {notes[t]}")
+    return f"<h3>{title}</h3>{spans}"
 
 
 # ==== The paper's appendix A: --premise ===========================================================
 
 
 @torch.no_grad()
-def premise(args: argparse.Namespace) -> dict[str, float]:
+def premise(args: Namespace) -> dict[str, float]:
     """Total variation between the plain answer and mixtures of answers to privileged prompts."""
     ask = "Generate one integer from 0 to 9. Return only the integer."
     cfg = replace(args.cfg, max_prompt_tokens=64, max_new_tokens=1, guide_tokens=1)
     tokenizer, _ = ogls.load_tokenizer(replace(cfg, distill_tokens=1))
-    digits = []
-    for x in range(10):
-        ids = tokenizer.encode(str(x), add_special_tokens=False)
-        if len(ids) != 1 or tokenizer.decode(ids) != str(x):
-            raise UserError(f"--premise: {cfg.model} has no single token for {x}")
-        digits += ids
+    digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+    if None in digits or tokenizer.unk_token_id in digits:
+        raise UserError(f"--premise: {cfg.model} has no token for each digit")
     model = ogls.load_model(cfg)
     rows = []
     for text in [ask, *(f"The target integer is {x}. {ask}" for x in range(10))]:
         prompt = torch.tensor([ogls.chat_ids(tokenizer, text, False)])
         rows.append(model(prompt).logits[0, -1, digits].float())
-    distances = premise_distances(torch.stack(rows))
-    plain, told = torch.stack(rows).softmax(-1).split((1, 10))
-    say("p of 0..9, plain prompt: " + " ".join(f"{p:.3f}" for p in plain[0].tolist()))
-    say("p of x, when told x:     " + " ".join(f"{p:.3f}" for p in told.diagonal().tolist()))
+    logits = torch.stack(rows)  # (11, 10)
+    plain, *told = logits.softmax(-1).tolist()
+    say("p of 0..9, plain prompt: " + " ".join(f"{p:.3f}" for p in plain))
+    say("p of x, when told x:     " + " ".join(f"{told[x][x]:.3f}" for x in range(10)))
+    distances = premise_distances(logits)
     say("total variation from the plain distribution (the paper: above 0.5 for all that it tried)")
     for name, distance in distances.items():
         say(f"  {name:<44}{distance:.3f}")
@@ -972,12 +822,12 @@ def premise_distances(logits: Tensor) -> dict[str, float]:
     plain, told = logits.softmax(-1).split((1, 10))
     mostly_6 = torch.full((10,), 0.1 / 9)
     mostly_6[6] = 0.9
-    ends = torch.zeros(10)
-    ends[[0, 9]] = 0.5
-    mixtures = {"uniform mixture": told.mean(0), "q(6) = 0.9 (paper: 0.687)": mostly_6 @ told,
-                "q(0) = q(9) = 0.5 (paper: 0.575)": ends @ told,
-                "average of logits": logits[1:].mean(0).softmax(-1),
-                "weighted by the plain distribution": (plain @ told)[0]}
+    mixtures = {
+        "uniform mixture": told.mean(0),
+        "q(6) = 0.9 (paper: 0.687)": mostly_6 @ told,
+        "q(0) = q(9) = 0.5 (paper: 0.575)": (told[0] + told[9]) / 2,
+        "average of logits": logits[1:].mean(0).softmax(-1),
+        "weighted by the plain distribution": (plain @ told)[0]}
     distances = {}
     for name, mixture in mixtures.items():
         distances[name] = (mixture - plain[0]).abs().sum().item() / 2
@@ -987,49 +837,116 @@ def premise_distances(logits: Tensor) -> dict[str, float]:
 # ==== Word problems for small real models: --word-problems ========================================
 
 
-def word_problems(args: argparse.Namespace) -> None:
+def word_problems(args: Namespace) -> None:
     """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
-    rng = random.Random(args.seed or 0)
-    rows = {}
-    while len(rows) < 464:
-        row = word_problem(rng)
-        rows[row["problem"]] = row
-    lines = [json.dumps(row) + "\n" for row in rows.values()]
-    args.word_problems.mkdir(parents=True, exist_ok=True)
-    files = [args.word_problems / "train.jsonl", args.word_problems / "heldout.jsonl"]
-    for file in files:
-        if file.exists():
-            raise UserError(f"{file} exists already; take another folder")
-    write_text(files[0], "".join(lines[:400]))
-    write_text(files[1], "".join(lines[400:]))
-    say(f"wrote 400 and 64 problems to {args.word_problems}")
+    folder = Path(args.word_problems)
+    if (folder / "train.jsonl").exists() or (folder / "heldout.jsonl").exists():
+        raise UserError(f"{folder} has problems already; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_problems(folder, word_problem, Random(args.cfg.seed), 400, 64)
+    say(f"wrote 400 and 64 problems to {folder}")
 
 
-def word_problem(rng: random.Random) -> dict[str, str]:
+def word_problem(rng: Random) -> dict[str, str]:
     """Two products and their sum, with a short written solution."""
     name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
     thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
     boxes, in_box = rng.randint(12, 19), rng.randint(13, 39)
     bags, in_bag = rng.randint(6, 12), rng.randint(13, 39)
     first, second = boxes * in_box, bags * in_bag
+    total = first + second
     return {
         "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {bags} bags with "
                    f"{in_bag} {thing} in each. How many {thing} does {name} have in all?",
         "solution": f"{boxes} * {in_box} = {first}. {bags} * {in_bag} = {second}. "
-                    f"{first} + {second} = {first + second}. "
-                    f"The answer is \\boxed{{{first + second}}}.",
-        "answer": str(first + second)}
+                    f"{first} + {second} = {total}. The answer is \\boxed{{{total}}}.",
+        "answer": str(total)}
 
 
-# ==== Main ========================================================================================
+# ==== Main: a flag chooses the mode, and flags that the mode does not use are refused =============
+
+TEACHING = [*SAMPLING, "data", "rollouts", "max_prompt_tokens", "teacher_thinking"]
+READING = [*TEACHING, "strength", "distill_tokens", "guide_tokens", "exclude_self", "kl", "clip"]
+MODES = {  # what runs, and the flags that it uses
+    "evaluate": (evaluate, [*SAMPLING, "data", "adapter", "no_base", "k", "output", "sampler",
+                            "vllm_memory", "tensor_parallel_size"]),
+    "regrade": (regrade, ["output"]),
+    "plot": (plot, ["output"]),
+    "toy_table": (toy_table, ["seeds", "steps", "output_dir"]),
+    "teacher": (teacher, [*TEACHING, "adapter"]),
+    "inspect": (inspect, [*READING, "adapter", "output"]),
+    "premise": (premise, ["model", "dtype"]),
+    "word_problems": (word_problems, ["seed"])}
+COUNTS = ("k", "tensor_parallel_size", "seeds", "teacher", "inspect")
+# The paper's and OPSD's evaluation.  No guides are read, and prompts of any length are taken.
+PAPER = {"data": "aime24,aime25", "thinking": True, "temperature": 1, "top_p": 0.95, "top_k": 0,
+         "max_new_tokens": 38912, "vllm_memory": 0.9, "max_prompt_tokens": 1, "distill_tokens": 1,
+         "guide_tokens": 1}
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    """Flags by name, None if not given; `mode`; `cfg`, the trainer's Config.  UserError."""
+    parser = transformers.HfArgumentParser(
+        Config, description=__doc__, allow_abbrev=False, exit_on_error=False,
+        formatter_class=RawDescriptionHelpFormatter)
+    parser.set_defaults(**dict.fromkeys(asdict(Config())))
+    add = parser.add_argument
+    add("--adapter", nargs="+", type=Path, help="checkpoint folders")
+    add("--no-base", action="store_const", const=True, help="do not score the base model")
+    add("--k", type=int, help="samples per question (default: 8)")
+    add("--tensor-parallel-size", type=int, help="GPUs for vLLM (default: 1)")
+    add("--output", help="file to write (default: scores/MODEL.jsonl)")
+    add("--seeds", type=int, help="of --toy-table (default: 3)")
+    add("--regrade", metavar="FILE")
+    add("--plot", metavar="RUN", nargs="+", type=Path)
+    add("--toy-table", action="store_const", const=True)
+    add("--teacher", metavar="N", type=int)
+    add("--inspect", metavar="N", type=int)
+    add("--premise", action="store_const", const=True)
+    add("--word-problems", metavar="DIR")
+    with explained("{reason}; see --help"):
+        args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag; see --help")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args.mode = "evaluate"
+    for mode in MODES:
+        if mode in given:
+            args.mode = mode
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if name != args.mode and name not in MODES[args.mode][1]:
+            raise UserError(f"{flag} is not used by {args.mode.replace('_', '-')}; see --help")
+        if value == "" or (name in COUNTS and value < 1):
+            raise UserError(f"{flag} is empty or less than 1; see --help")
+    args.cfg = read_settings(args, given)
+    return args
+
+
+def read_settings(args: Namespace, given: dict) -> Config:
+    """Given flags over the settings of the adapter's run, or over the paper's evaluation."""
+    settings = {"sampler": "hf"}
+    if args.mode == "evaluate":
+        settings = {**PAPER, "rollouts": args.k or 8}
+    elif args.adapter:
+        file = args.adapter[0].parent / "config.json"
+        record = read_json(file, {"model": str})
+        if not record:
+            say(f"note: there is no {file}, so settings that are not given are the defaults")
+        for name in READING:
+            if name in record:
+                settings[name] = record[name]
+    for name in asdict(Config()):
+        if name in given:
+            settings[name] = given[name]
+    if args.mode != "evaluate" and args.data in SETS:
+        settings["data"] = SETS[args.data]
+    return ogls.parse_args([f"--{name}={value}" for name, value in settings.items()])
 
 
 def work(argv: list[str]) -> None:
     args = parse_args(argv)
-    modes = {"evaluate": evaluate, "regrade": regrade, "plot": plot, "toy_table": toy_table,
-             "teacher": teacher, "inspect": inspect, "premise": premise,
-             "word_problems": word_problems}
-    modes[args.mode](args)
+    MODES[args.mode][0](args)
 
 
 def main(argv: list[str]) -> int:

@@ -1375,6 +1375,7 @@ score --output=list.jsonl | summary.json; score --output=odd.jsonl | settings;
 score --data=aime99 | aime24; score --data=./gone.jsonl | gone;
 score --data=nothing.jsonl | nothing; score --data=a.jsonl,./a.jsonl | two sets;
 score --adapter gone | adapter_config.json; score --adapter dora | use_dora; score --lr=1 | --lr;
+score --adapter half | whole number;
 score --tensor-parallel-size=-1 | --tensor; score --output= | empty;
 --no-base --sampler=hf | --no-base; --regrade=gone.jsonl | gone; --regrade=other.jsonl | right type;
 --regrade=o.jsonl --output=bare.jsonl | exists; --regrade=o.jsonl --k=2 | --k;
@@ -1393,10 +1394,14 @@ def test_what_scoring_refuses(scoring, capsys):
     Path("run").mkdir()
     for name, text in files.items():
         Path(name).write_text(text)
-    dora = shutil.copytree(scoring[2], Path("dora")) / "adapter_config.json"
-    dora.write_text(json.dumps({**json.loads(dora.read_text()), "use_dora": True}))
+    for name, change in (("dora", {"use_dora": True}), ("half", {"lora_alpha": 16.7})):
+        config = shutil.copytree(scoring[2], Path(name)) / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    twin = os.path.relpath(scoring[2])
+    twins = [f"score --adapter {scoring[2]} {twin} | adapter {twin} are one",
+             f"score --output=o.jsonl --adapter {twin} | adapter {twin} are one"]
     before = tree(Path("."))
-    for row in REFUSED.split("; "):
+    for row in REFUSED.split("; ") + twins:
         given, words = row.split(" | ")
         flags = given.split()
         if flags[0] == "score":
@@ -1405,9 +1410,13 @@ def test_what_scoring_refuses(scoring, capsys):
         assert scorer.main(flags) == 2, row
         assert words in one_line(capsys.readouterr().err), row
         assert tree(Path(".")) == before, row
-    with ogls_sd.locked(Path("o.jsonl")):
-        assert scorer.main([*scoring, "--output=o.jsonl"]) == 2
-    assert "another process" in one_line(capsys.readouterr().err)
+    for path, flags in (("o.jsonl", [*scoring, "--output=o.jsonl"]),
+                        ("run", ["--toy-table", "--output-dir=run"])):
+        with ogls_sd.locked(Path(path)):
+            assert scorer.main(flags) == 2
+        assert "another process" in one_line(capsys.readouterr().err)
+    scorer.parse_args(["--inspect=1", "--adapter", "dora", "--model=m"])
+    assert "note: there is no config.json" in capsys.readouterr().out
 
 
 def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
@@ -1534,7 +1543,7 @@ def test_table_runs_each_method_and_goes_on_where_it_was_killed(toy, tmp_path, m
 
     def score_toy(words, adapter):  # of the weights, to show if they are others
         weights = (adapter / "adapter_model.safetensors").read_bytes() if adapter else b""
-        return dict.fromkeys(("right", "check", "markers", "length"), sum(weights) % 1000)
+        return dict.fromkeys(("right", "check", "markers", "length"), float(sum(weights)))
 
     monkeypatch.setattr(scorer, "score_toy", score_toy)
     monkeypatch.setattr(scorer, "TOY", [*scorer.TOY, "--questions=2", "--rollouts=2"])
