@@ -273,7 +273,9 @@ def fit_adapters(args: Namespace) -> dict[Path, dict]:
 def check_settings(output: Path, settings: dict) -> dict:
     """All that --output was and is made with.  UserError if two things would mix in it."""
     before = read_settings_of(output)
-    if output.stat().st_size and not before:
+    if output.stat().st_size == 0:
+        before = {}  # the summary of a run that was stopped before its first response
+    elif not before:
         raise UserError(f"{output} exists, but not its summary; take another --output")
     for name, value in settings.items():
         was = before.get(name, value)

@@ -1358,6 +1358,9 @@ def test_killed_and_resumed_scoring(scoring, capsys, monkeypatch):
         assert scorer.main([*scoring, "--output=cut.jsonl"]) == 0
         assert table_of(capsys)[-4:] == table
         assert {*Path("cut.jsonl").read_text().split("\n"), ""} == set(whole.split("\n"))
+    Path("cut.jsonl").unlink()
+    Path("cut.jsonl.summary.json").write_text('{"settings": {"k": 9}}')  # stopped at its start
+    assert scorer.main([*scoring, "--output=cut.jsonl"]) == 0
     text = whole.replace('"correct": false', '"correct": true').rstrip("\n")  # and no last newline
     Path("cut.jsonl").write_text(text)
     assert scorer.main(["--regrade=cut.jsonl", "--output=new.jsonl"]) == 0
