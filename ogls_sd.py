@@ -1289,9 +1289,11 @@ def repeating(match: re.Match) -> str:
 SIGNS = {  # other spellings of one sign
     r"\left": "", r"\right": "", r"\displaystyle": "", r"\limits": "",
     r"\big": "", r"\bigl": "", r"\bigr": "", r"\Big": "", r"\Bigl": "", r"\Bigr": "",
+    r"\bigg": "", r"\biggl": "", r"\biggr": "", r"\Bigg": "", r"\Biggl": "", r"\Biggr": "",
     r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\!": "", "**": "",
     r"\$": " ", "$": " ", "€": " ", "£": " ",
-    r"\quad": " ", r"\qquad": " ", r"\,": " ", r"\:": " ", r"\;": " ", "\\ ": " ", "~": " ",
+    r"\quad": " ", r"\qquad": " ", "~": " ",
+    r"\,": " ", r"\:": " ", r"\;": " ", "\\ ": " ",
     r"\\": " , ", ";": " , ", r"\cup": " , ", "∪": " , ",
     r"\lbrace": r"\{", r"\rbrace": r"\}", "&": ":",
     r"\vert": "|", r"\lvert": "|", r"\rvert": "|",
@@ -1305,16 +1307,18 @@ SIGNS = {  # other spellings of one sign
     r"\dots": "…", r"\ldots": "…", r"\cdots": "…", "...": "…",
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac",
     r"\dbinom": r"\binom", r"\tbinom": r"\binom",
-    r"\mbox": r"\text", r"\mathrm": r"\text", r"\operatorname": r"\text",
+    r"\mbox": r"\text", r"\mathrm": r"\text",
+    r"\operatorname": r"\text", r"\operatorname*": r"\text",
     r"\textbf": r"\text", r"\textit": r"\text", r"\textrm": r"\text", r"\textnormal": r"\text"}
 # In this order, each with an example of what it is for; before each, spaces at the ends go.
 RULES = [
     (r"(?<!\\)[\s.,;]+$", ""),  # 5.
     (r"(?<=\d)(?:\{,\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
     (r"\\\\(?=\s*(?:\\end|$))|\\(?:begin|end)\s*\{cases\}", ""),
-    (r"\\[a-zA-Z]+|\\.|\.\.\.|\*\*|[<>]=|(?<![\d)}])!=|[^\w\s]", one_sign),
+    (r"\\operatorname\*|\\[a-zA-Z]+|\\.|\.\.\.|\*\*|[<>]=|(?<![\d)}])!=|[^\w\s]", one_sign),
     (r"\\(begin|end)\s*\{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?", r" \\\1 "),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2 "),  # x^{n}
+    (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
     (r"(?<![\\\w])C_(\w|\{\w+\})\s*\^\s*(\w|\{(?:[^{}]|\{[^{}]*\})*\})", r"\\binom{\1}{\2}"),
     (r"\\boxed\s*(?=\{)|\\color\s*\{\w+\}", ""),  # \color{red}{5}
     (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
@@ -1352,6 +1356,7 @@ RULES = [
     (r"(\\" + FUNCTION + r")\s*\^\s*(\w|\{[^{}]*\})", r"\\power\2\1 "),  # \sin^2 x
     (r"\\log\s*_\s*(\w|\{[^{}]*\})", r"\\product{1/\\ln \1}\\ln "),  # \log_2 x
     (r"\\lo?g", r"\\product{1/\\ln 10}\\ln "),
+    (r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?", "°"),
     (r"(?<![\d.}_^])(\d+)\s*(\\frac\s*(?:\d|\{\d+\}){2}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)"),
     (r"(?<!\\)[\s.,;]+$|^=", ""),
 ]
@@ -1547,10 +1552,9 @@ def same(x: Value, y: Value) -> bool:
 
 def choice(text: str) -> tuple[str, str]:
     """The letter of a choice such as B, (B), B. 7 or (B) 7, and what stands behind it."""
-    a_letter, one_with_text = r"\(?([A-J])\)?()", r"\(([A-J])\)\s*((?!.*\([A-J]\)).+)"
-    for pattern in (a_letter, one_with_text, r"([A-J])\s*[.):]\s*(.+)"):
+    for pattern in (r"\(?([A-J])\)?()", r"\(([A-J])\)\s*(.+)", r"([A-J])\s*[.):]\s*(.+)"):
         match = re.fullmatch(pattern, text)
-        if match:
+        if match and not re.search(r"[\s,]\(?[A-J][.:)]", match[2]):  # (A) 7, (B) 8 is a list
             return match[1], match[2]
     return "", text
 

@@ -522,10 +522,13 @@ u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
 \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
 5!=120 ~ 120            ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3)
+{n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ
+\biggl(\frac12\biggr) ~ 0.5  ~ \operatorname*{tg} x ~ \tan x
 C_n^2 ~ \binom{n}{2} ~ \left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
 """
 DIFFERENT = r"""
 (n-3) 2^{n}+5 ~ (n-3)2n+5 ~ \text{(A) } 7, \text{(B) } 8 ~ \text{(A) } 8, \text{(B) } 7
+A. 7, B. 8 ~ A. 8, B. 7
 0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
 50 ~ 0.5                ~ 50\% ~ 5                  ~ 1\frac45 ~ \frac45
 (1,2) ~ (2,1)           ~ (1,2) ~ [1,2]             ~ \{1,2\} ~ (1,2)
