@@ -319,6 +319,15 @@ def test_exclude_self_when_all_rollouts_read(world):
         assert torch.allclose(with_it.target, without.target, atol=1e-5) == correct
 
 
+def test_steering_states_is_steering_logits():
+    torch.manual_seed(0)
+    W, b = torch.randn(11, 5), torch.randn(11)
+    z0, plus, minus = torch.randn(3, 7, 5)
+    steered = ogls_sd.steer(z0, plus, minus, 3.0) @ W.T + b
+    on_logits = (z0 @ W.T + b) + 3.0 * ((plus @ W.T + b) - (minus @ W.T + b))
+    torch.testing.assert_close(steered, on_logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("settings, wanted", [
     (("forward", 0), 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)),
     (("reverse", 0), 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)),
