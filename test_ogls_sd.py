@@ -1294,21 +1294,17 @@ def response(question, sample, answer, correct, finish="stop", text="wait", leng
     return dict(zip(scorer.FIELDS, values, strict=True))
 
 
-def test_pass_at_k():
+def test_pass_at_k_and_majority():
     # 4 responses, 1 correct, 2 drawn: 3 of the 6 pairs hold it.
     assert scorer.pass_at(2, 4, 1) == pytest.approx(1 / 2)
     assert scorer.pass_at(2, 4, 2) == pytest.approx(5 / 6)  # only the pair of both wrong ones fails
     assert [scorer.pass_at(2, 4, c) for c in (0, 3, 4)] == [0, 1, 1]
     assert scorer.pass_at(1, 8, 3) == pytest.approx(3 / 8)
-
-
-def test_majority_counts_equal_answers_as_one():
     assert scorer.majority(["1/2", "3", "0.5", "4"], [True, False, True, False]) == 1
     assert scorer.majority(["3", "1/2", "3"], [False, True, False]) == 0
     # A tie of 1/2 = 0.5 and 3 = 6/2: one of the two tied answers is correct, in any order.
     tie, right = ["1/2", "3", "0.5", "6/2", "7"], [True, False, True, False, False]
     assert scorer.majority(tie, right) == scorer.majority(tie[::-1], right[::-1]) == 1 / 2
-    assert scorer.majority([], []) == 0
 
 
 def test_score_by_hand():
@@ -1317,35 +1313,20 @@ def test_score_by_hand():
             response(2, 0, None, False), response(2, 1, "1", False, finish="length"),  # m_2 = 0
             response(3, 0, "3", False), response(3, 1, "2", False, length=30, text="no Hold on")]
     better = [{**row, "checkpoint": "step", "correct": True} for row in rows]
-    base, step = scorer.score(rows + better).to_dict("records")
+    half_done = response(4, 0, "1", True)  # by a kill: it counts for nothing
+    base, step = scorer.score([*rows, half_done, *better]).to_dict("records")
     # s.e.: squares of 62.5, 12.5, -37.5, -37.5 add up to 6875; / (4 * 3), root
     wanted = {"set": "s", "checkpoint": "base", "questions": 4, "mean@k": 37.5, "pass@1": 37.5,
               "pass@2": 50, "maj@2": (100 + 50 + 0 + 0) / 4, "cut off": 12.5, "no box": 12.5,
               "length": 100 / 8, "markers": 1000 * 8 / 100, "s.e.": (6875 / 12) ** 0.5}
     assert {name: base[name] for name in wanted} == pytest.approx(wanted)
     assert math.isnan(base["vs base"])
-    assert step["vs base"] == (0 + 50 + 100 + 100) / 4 and step["verdict"] == "differs"
-
-
-def test_paired_difference():
+    assert step["vs base"] == (0 + 50 + 100 + 100) / 4 and step["95% low"] > 0
     # Two questions, +100 and 0: the resampled means are 0, 50, 100 with chances 1/4, 1/2, 1/4.
     gap = scorer.paired_difference(pd.Series([100.0, 0.0]))
-    assert gap == {"vs base": 50, "95% low": 0, "95% high": 100, "verdict": "within noise"}
+    assert gap == {"vs base": 50, "95% low": 0, "95% high": 100}
     gap = scorer.paired_difference(pd.Series([30.0] * 5))
-    assert (gap["95% low"], gap["95% high"], gap["verdict"]) == (30, 30, "differs")
-    assert scorer.paired_difference(pd.Series([30.0]))["verdict"] == "within noise"
-
-
-def test_premise_by_hand():
-    """A plain distribution on 6; told x, the model says x: the paper's mixtures are themselves."""
-    logits = torch.full((11, 10), -30.0)
-    logits[0, 6] = 30.0
-    for x in range(10):
-        logits[1 + x, x] = 30.0
-    assert scorer.premise_distances(logits) == pytest.approx({
-        "uniform mixture": 0.9, "q(6) = 0.9 (paper: 0.687)": 0.1,
-        "q(0) = q(9) = 0.5 (paper: 0.575)": 1.0, "average of logits": 0.9,
-        "weighted by the plain distribution": 0.0}, abs=1e-6)
+    assert (gap["95% low"], gap["95% high"]) == (30, 30)
 
 
 # ==== eval.py: files that survive, flags that are refused ========================================
@@ -1370,66 +1351,68 @@ def table_of(capsys):
 def test_killed_and_resumed_scoring(scoring, capsys, monkeypatch):
     sampled = spy(monkeypatch, ogls_sd.HFSampler, "sample")
     assert scorer.main([*scoring, "--output=whole.jsonl"]) == 0
-    step = Path(scoring[2])
-    assert [args[3] for args in sampled] == [None] * 3 + [step] * 3  # base first; 8 questions each
+    step = os.path.relpath(scoring[2])
+    assert [args[3] for args in sampled] == [None] * 2 + [Path(step)] * 2  # 8 questions each
     scales = {layer.scale for layer in ogls_sd.lora_layers(sampled[0][0].model).values()}
     assert scales == {128 / 8}  # the adapter's own
     table = table_of(capsys)[-4:]
     whole = Path("whole.jsonl").read_text()
     assert whole.count("\n") == 2 * 13 * 2
+    settings = json.loads(Path("whole.jsonl.settings.json").read_text())
+    assert settings["top_p"] == 0.95 and settings["top_k"] == 0 and settings["thinking"]
     for cut in (0, 10, len(whole) // 3, len(whole) // 2, len(whole) - 1):  # kills in a line
         Path("cut.jsonl").write_text(whole[:cut])
-        shutil.copy("whole.jsonl.summary.json", "cut.jsonl.summary.json")
+        shutil.copy("whole.jsonl.settings.json", "cut.jsonl.settings.json")
         assert scorer.main([*scoring, "--output=cut.jsonl"]) == 0
         assert table_of(capsys)[-4:] == table
         assert {*Path("cut.jsonl").read_text().split("\n"), ""} == set(whole.split("\n"))
     Path("cut.jsonl").unlink()
-    Path("cut.jsonl.summary.json").write_text('{"settings": {"k": 9}}')  # stopped at its start
+    Path("cut.jsonl.settings.json").write_text('{"model": "", "k": 9}')  # stopped at its start
     assert scorer.main([*scoring, "--output=cut.jsonl"]) == 0
     text = whole.replace('"correct": false', '"correct": true').rstrip("\n")  # and no last newline
     Path("cut.jsonl").write_text(text)
-    assert scorer.main(["--regrade=cut.jsonl", "--output=new.jsonl"]) == 0
+    assert scorer.main(["--regrade=cut.jsonl"]) == 0
     assert table_of(capsys)[-4:] == table
-    assert Path("cut.jsonl").read_text() == text
-    settings = json.loads(Path("whole.jsonl.summary.json").read_text())["settings"]
-    assert settings["top_p"] == 0.95 and settings["top_k"] == 0 and settings["thinking"]
+    assert Path("cut.jsonl").read_text() == whole
+    # A checkpoint has one name, however it is spelt: nothing is left to sample.
+    sampled.clear()
+    twice = [*scoring[:2], f"{step}/", *scoring[2:]]
+    assert scorer.main([*twice, "--output=whole.jsonl"]) == 0 and not sampled
 
 
 REFUSED = """score --output=o.jsonl --temperature=0.5 | temperature 1.0;
-score --output=o.jsonl --k=3 | k 2; score --output=bare.jsonl | not its summary;
-score --output=list.jsonl | summary.json; score --output=odd.jsonl | settings;
---inspect=1 --sampler=vllm | --sampler; --inspect=1 --output=a.jsonl --model=m | .html;
---plot run --output=a.jsonl | .png; --teacher=1 --strength=9 | --strength; score --k=0 | --k;
-score --data=aime99 | aime24; score --data=./gone.jsonl | gone;
+score --output=o.jsonl --k=3 | rollouts 2; score --output=o.jsonl --data=b.jsonl | data;
+score --output=o.jsonl --adapter other | adapter other; score --output=bare.jsonl | settings.json;
+score --output=list.jsonl | settings.json; score --k=0 | --k;
+--inspect=1 --sampler=vllm | --sampler; --teacher=1 --strength=9 | --strength;
+score --data=aime99 | aime99; score --data=./gone.jsonl | gone;
 score --data=nothing.jsonl | nothing; score --data=a.jsonl,./a.jsonl | two sets;
 score --adapter gone | adapter_config.json; score --adapter dora | use_dora; score --lr=1 | --lr;
-score --adapter half | whole number;
-score --tensor-parallel-size=-1 | --tensor; score --output= | empty;
---no-base --sampler=hf | --no-base; --regrade=gone.jsonl | gone; --regrade=other.jsonl | right type;
---regrade=o.jsonl --output=bare.jsonl | exists; --regrade=o.jsonl --k=2 | --k;
---plot run | metrics.jsonl; --plot dora | metrics.jsonl;
---toy-table --temperature=1 | --temperature; --toy-table --seeds=0 | --seeds;
---inspect=0 | --inspect; --inspect=1 --k=2 | --k; --inspect=1 --lr=1 | --lr;
---premise --data=a.jsonl | --data; --plot run --premise | --plot;
---unknown=1 | unknown""".replace("\n", " ")
+score --adapter dora other | use_dora; score --tensor-parallel-size=-1 | --tensor;
+score --output= | empty; --regrade=gone.jsonl | gone; --regrade=other.jsonl | right type;
+--regrade=o.jsonl --k=2 | --k; --regrade=nothing.txt | no response; --plot run | metrics.jsonl;
+--plot dora | metrics.jsonl; --plot run --output=a.jsonl | --output; --toy-table --seeds=0 | --seeds;
+--toy-table --temperature=1 | --temperature; --inspect=0 | --inspect; --inspect=1 --k=2 | --k;
+--inspect=1 --lr=1 | --lr; --inspect=1 --adapter other --model=m | config.json;
+--plot run --toy-table | --plot; --unknown=1 | unknown; score --top-p 7 | --top-p""".replace(
+    "\n", " ")
 
 
 def test_what_scoring_refuses(scoring, capsys):
-    assert scorer.main([*scoring, "--output=o.jsonl"]) == 0
-    files = {"bare.jsonl": "{}\n", "other.jsonl": '{"checkpoint": "base"}\n',
-             "nothing.jsonl": '{"puzzle": "1"}\n', "list.jsonl.summary.json": "[]",
-             "odd.jsonl.summary.json": '{"settings": [1]}', "run/metrics.jsonl": "[1]\n"}
+    for name, change in (("dora", {"use_dora": True}), ("other", {})):
+        config = shutil.copytree(scoring[2], Path(name)) / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert scorer.main([*scoring[:3], "other", *scoring[3:], "--output=o.jsonl"]) == 0
+    files = {"bare.jsonl": "{}\n", "other.jsonl": '{"checkpoint": "base"}\n', "nothing.txt": "",
+             "nothing.jsonl": '{"puzzle": "1"}\n', "list.jsonl": "{}\n",
+             "list.jsonl.settings.json": "[]", "run/metrics.jsonl": "[1]\n"}
     Path("run").mkdir()
     for name, text in files.items():
         Path(name).write_text(text)
-    for name, change in (("dora", {"use_dora": True}), ("half", {"lora_alpha": 16.7})):
-        config = shutil.copytree(scoring[2], Path(name)) / "adapter_config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    twin = os.path.relpath(scoring[2])
-    twins = [f"score --adapter {scoring[2]} {twin} | adapter {twin} are one",
-             f"score --output=o.jsonl --adapter {twin} | adapter {twin} are one"]
+    with open("other/trainer.json", "w") as file:  # it is another checkpoint now
+        file.write("{}")
     before = tree(Path("."))
-    for row in REFUSED.split("; ") + twins:
+    for row in REFUSED.split("; "):
         given, words = row.split(" | ")
         flags = given.split()
         if flags[0] == "score":
@@ -1439,25 +1422,24 @@ def test_what_scoring_refuses(scoring, capsys):
         assert words in one_line(capsys.readouterr().err), row
         assert tree(Path(".")) == before, row
     for path, flags in (("o.jsonl", [*scoring, "--output=o.jsonl"]),
+                        ("o.jsonl", ["--regrade=o.jsonl"]),
                         ("run", ["--toy-table", "--output-dir=run"])):
         with ogls_sd.locked(Path(path)):
             assert scorer.main(flags) == 2
         assert "another process" in one_line(capsys.readouterr().err)
-    scorer.parse_args(["--inspect=1", "--adapter", "dora", "--model=m"])
-    assert "note: there is no config.json" in capsys.readouterr().out
 
 
-def test_regrading_in_place_keeps_half_done_questions(tmp_path, capsys):
+def test_regrading_keeps_half_done_questions_and_refuses_foreign_rows(tmp_path, capsys):
     """Of two questions, the first with a right response and one that was cut off, so wrong."""
     path = tmp_path / "o.jsonl"
     right = Rollout([1, 2], "\\boxed{4}", True, [])
     for question, rollouts in enumerate([[right, replace(right, finished=False)], [right]]):
         scorer.append_responses(path, "base", ("s", question), Problem("2 + 2?", "4"), rollouts)
-    rows = scorer.read_responses(path)
+    rows = scorer.read_lines(path, scorer.FIELDS)
     found = [(row["correct"], row["finish_reason"], row["answer"]) for row in rows]
-    assert found == [(True, "stop", "4"), (False, "length", "4")]
+    assert found == [(True, "stop", "4"), (False, "length", "4"), (True, "stop", "4")]
     assert scorer.main([f"--regrade={path}"]) == 0
-    assert len(path.read_text().split("\n")) == 3 + 1
+    assert scorer.read_lines(path, scorer.FIELDS) == rows
     for name, value in (("text", 5), ("length", "long"), ("sample", []), ("question", {}),
                         ("checkpoint", None), ("correct", "yes")):
         write_rows(path, [{**rows[0], name: value}])
@@ -1531,7 +1513,8 @@ def test_what_is_shown_is_what_training_does(toy, capsys):
     shown at the temperature of sampling."""
     bench = Bench(toy / "toy", strength=2.0, temperature=2.0).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
-    states = scorer.five_states(bench.model, bench.tokenizer, group, 1, bench.cfg)
+    read = ogls_sd.make_reader(bench.model, bench.tokenizer, group, bench.cfg)
+    states = scorer.five_states(bench.model, group, read, 1, bench.cfg)
     naive, question = NaiveModel(toy / "toy", bench.tokenizer), PROBLEMS[0].question
     x = naive_ids(bench.tokenizer, naive_student_text(question))
     y = group.rollouts[1].tokens[:8]
@@ -1544,26 +1527,27 @@ def test_what_is_shown_is_what_training_does(toy, capsys):
     wanted = torch.stack([student, z0, plus, minus, z0 + 2 * (plus - minus)])
     made = bench.head(states)
     torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
-    p = (made[:, 0] / 2.0).softmax(-1)[:, y[0]]
-    scorer.show_rollout(bench.model, bench.tokenizer, "title", y[:1], states[:, :1], bench.cfg)
-    note = f"student {p[0]:.1%}, anchor {p[1]:.1%}, steered {p[4]:.1%}"
-    assert note in capsys.readouterr().out
+    p = (made[:, 0] / 2.0).softmax(-1)
+    page = scorer.show_rollout(bench.model, bench.tokenizer, y[:1], states[:, :1], bench.cfg)
+    assert "student {:.1%}, anchor {:.1%}, steered {:.1%}".format(*p[[0, 1, 4], y[0]]) in page
+    first = int(p[4].argmax())
+    shown = f"[{bench.tokenizer.decode([first])}] {p[4, first]:.1%}"
+    told = capsys.readouterr().out.split("\n")
+    assert [shown in line for line in told if "steered" in line] == [True]
 
 
-def test_pages_obey_no_text(toy, tmp_path, capsys):
+def test_pages_obey_no_text(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     rows = [json.loads(line) for line in (toy / "toy/train.jsonl").read_text().split("\n")[:8]]
     for row in rows:
         row["solution"] += '</pre><script src="http://x">\x1b[31m\x00\u202e'
     data = write_rows(tmp_path / "few.jsonl", rows)
-    step = ogls_sd.checkpoints(toy)[-1]
-    flags = ["--adapter", str(step), f"--data={data}", f"--output={tmp_path}/page.html"]
-    assert scorer.main(["--inspect=2", *flags]) == 0
-    page, told = (tmp_path / "page.html").read_text(), capsys.readouterr().out
+    step = str(ogls_sd.checkpoints(toy)[-1])
+    assert scorer.main(["--inspect=2", "--adapter", step, f"--data={data}"]) == 0
+    page, told = Path("scores/inspect.html").read_text(), capsys.readouterr().out
     assert not re.search("[\x00\x1b\u202e]|<script|<img|<link|url\\(", page + told)
     assert "&lt;script" in page and page.count("<h2>") == 2
-    assert told.count("first token, shown wrong guides:") >= 2
-    assert scorer.main(["--teacher=2", "--adapter", str(step)]) == 0
-    assert "shown the solution" in capsys.readouterr().out
+    assert told.count("first token, shown wrong guides:") == 2
 
 
 def test_table_runs_each_method_and_goes_on_where_it_was_killed(toy, tmp_path, monkeypatch, capsys):
@@ -1578,10 +1562,10 @@ def test_table_runs_each_method_and_goes_on_where_it_was_killed(toy, tmp_path, m
     shutil.copytree(toy / "toy", tmp_path / "toy_0")
     tables = []
     for _ in range(2):
-        flags = ["--toy-table", "--seeds=1", "--steps=1", f"--output-dir={tmp_path}"]
+        flags = ["--toy-table", "--seeds=1", "--steps=2", f"--output-dir={tmp_path}"]
         assert scorer.main(flags) == 0
         tables.append([line for line in capsys.readouterr().out.split("\n") if " ± " in line])
-        (tmp_path / "opsd_0" / "result.json").unlink()  # as if killed before its end
+        shutil.rmtree(tmp_path / "opsd_0/step_000002")  # as if killed before its end
     assert tables[0] == tables[1] and len(tables[0]) == 1 + 9  # base and methods under the title
     assert (tmp_path / "toy.png").stat().st_size > 10_000
     wanted = {"sft": {}, "grpo": {}, "opsd": {}, "pos-mean": {}, "pos-only": {}, "ogls": {},
@@ -1608,22 +1592,7 @@ def test_word_problems_are_right_seeded_and_apart(tmp_path):
     assert scorer.main([f"--word-problems={tmp_path}/a"]) == 2
 
 
-def test_premise_asks_the_model_itself(world):
-    """Against plain forwards on prompts that are written here."""
-    tokenizer = Bench(world).tokenizer
-    naive = NaiveModel(world, tokenizer)
-    ask = "Generate one integer from 0 to 9. Return only the integer."
-    digits = [tokenizer.encode(str(x))[0] for x in range(10)]
-    rows = []
-    for text in [ask] + [f"The target integer is {x}. {ask}" for x in range(10)]:
-        prompt = naive_ids(tokenizer, text)
-        rows.append(naive.logits(naive.base, prompt, [0])[0, digits])
-    wanted = scorer.premise_distances(torch.stack(rows))
-    args = scorer.parse_args(["--premise", f"--model={world}", "--dtype=float32"])
-    assert scorer.premise(args) == pytest.approx(wanted, abs=1e-4)
-
-
-def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkeypatch):
+def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkeypatch, capsys):
     groups = []
     real = ogls_sd.sample_groups
 
@@ -1635,12 +1604,15 @@ def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkey
 
     monkeypatch.setattr(ogls_sd, "sample_groups", sample)
     shown = spy(monkeypatch, ogls_sd, "teacher_prompt")
-    scorer.teacher(scorer.parse_args([
+    assert scorer.main([
         "--teacher=4", f"--model={world}", f"--data={world}/train.jsonl", "--dtype=float32",
-        "--max-new-tokens=6", "--rollouts=2"]))
-    right = [(group.problem.question, group.problem.solution) for group in groups]
-    wrong = [(group.problem.question, group.rollouts[1].text) for group in groups]
-    assert len(groups) == 4 and [args[1:3] for args in shown] == right + wrong
+        "--max-new-tokens=6", "--rollouts=2"]) == 0
+    wanted = []
+    for group in groups:
+        guides = (group.problem.solution, group.rollouts[1].text)
+        wanted += [(group.problem.question, guide) for guide in guides]
+    assert len(groups) == 4 and [args[1:3] for args in shown] == wanted
+    assert re.search(r"alone, same questions +50.0 +0.0 +4.0\n", capsys.readouterr().out)
 
 
 # ==== Benchmark and smoke check ==================================================================
