@@ -721,8 +721,7 @@ def inspect(args: Namespace) -> None:
     cfg, model, parts = args.cfg, sampler.model, []
     some = problems[: 2 * args.inspect]
     for group in ogls.sample_groups(sampler, tokenizer, some, 0, adapter, cfg):
-        read = ogls.make_reader(model, tokenizer, group, cfg)
-        if len(parts) < args.inspect and ogls.make_examples(group, read, cfg, 0.0)[0]:
+        if len(parts) < args.inspect and ogls.make_examples(model, tokenizer, group, cfg, 0.0)[0]:
             question, solution = group.problem.question, group.problem.solution
             say(f"\n{question}")
             j = [y.correct for y in group.rollouts].index(False)
@@ -742,11 +741,11 @@ def inspect(args: Namespace) -> None:
 def five_states(model: nn.Module, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Tensor:
     """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.  From the trainer's own
     targets: at lambda 0 it is z0, at lambda 1 z0 + Delta, of pos-mean zbar+."""
-    read = ogls.make_reader(model, tokenizer, group, cfg)
     targets = []
     for method, strength in [("ogls", 0.0), ("pos-mean", 0.0), ("ogls", 1.0)]:
         case = replace(cfg, method=method)
-        (example,), _ = ogls.make_examples(group, read, case, strength, chosen=[j])
+        (example,), _ = ogls.make_examples(
+            model, tokenizer, group, case, strength, chosen=[j])
         targets.append(example.target)
     z0, zbar_plus, steered_by_1 = targets  # (T, d) each
     delta = steered_by_1 - z0  # eq. (11)
