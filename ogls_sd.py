@@ -253,9 +253,7 @@ def pool_mean(pool: list[Guide | None], states: Iterable[Tensor], chosen: list[i
 def make_examples(model, tokenizer, group: Group, cfg, strength: float,
                   chosen: list[int] | None = None) -> tuple[list[Example], str]:
     """From a graded group to what the student trains on; without examples, the string says why.
-
-    chosen: numbers j of the rollouts to make examples of, if others than --method says.
-    """
+    chosen: numbers j of the rollouts to make examples of, if others than --method says."""
     x, s, ys = group.prompt, group.problem.solution, group.rollouts
     everyone = list(range(len(ys)))
     Y_plus = [j for j in everyone if ys[j].correct]  # eq. (6)
@@ -263,8 +261,7 @@ def make_examples(model, tokenizer, group: Group, cfg, strength: float,
     solution = [Guide(s)] if s else []
     P_plus = [Guide(ys[j].text, j) for j in Y_plus] + solution  # eq. (8)
     P_minus = [Guide(ys[j].text, j) for j in Y_minus]  # eq. (9): y_j guides itself, Algorithm 1
-
-    if cfg.method in ("opsd", "sft") and not solution:
+    if cfg.method in ("opsd", "sft") and not s:
         return [], "no solution"
     if cfg.method in ("ogls", "pos-mean", "pos-only") and not P_plus:
         return [], "no right rollout and no solution"
@@ -275,13 +272,13 @@ def make_examples(model, tokenizer, group: Group, cfg, strength: float,
     if cfg.method == "grpo" and not Y_plus:
         return [], "no right rollout"
 
-    examples = []
     if cfg.method == "sft":  # log pi(s)
         ids = tokenizer.encode(plain_text(tokenizer, s), add_special_tokens=False)
         ids.append(tokenizer.eos_token_id)
         return [Example(x, ids[: cfg.max_new_tokens], [])], ""
     if cfg.method == "grpo":  # A_j log pi(y_j); on policy, so no ratio and no clip
         rewards = [float(y.correct) for y in ys]
+        examples = []
         for y, reward in zip(ys, rewards):
             advantage = (reward - fmean(rewards)) / pstdev(rewards)  # the population's [us]
             examples.append(Example(x, y.tokens, y.logprobs, None, advantage))
@@ -307,6 +304,7 @@ def make_examples(model, tokenizer, group: Group, cfg, strength: float,
         zT = zbar(P_plus)
     else:  # opsd: softmax(z(. | x, s, y_<t)), arXiv:2601.18734
         zT = zbar(solution)
+    examples = []
     for j, start, target in zip(chosen, starts, zT):  # (T, d)
         T = len(start)
         examples.append(Example(x, start, ys[j].logprobs[:T], target[:T]))
@@ -539,6 +537,8 @@ def load_model(cfg) -> nn.Module:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if not lora_layers(model):
             raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
+    # generate begins with a slice of states, for which PyTorch on a CPU copies W, once a row.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
     model.gradient_checkpointing_enable()
@@ -1030,17 +1030,18 @@ def describe_run(cfg, tokenizer, eos, problems: list[Problem], model) -> dict:
     out = Path(cfg.output_dir)
     kinds = Counter(name.rpartition(".")[2] for name in lora_layers(model))
     say(f"training LoRA on these projections: {dict(kinds)}")
-    frozen = [w for w in model.parameters() if not w.requires_grad]
+    bits = [weight.flatten().view(torch.int16).sum().item()
+            for weight in model.parameters() if not weight.requires_grad]
     first_prompt = student_prompt(tokenizer, problems[0].question, cfg.thinking)
-    packages = (torch, transformers, datasets, sympy)
     record = {
         **asdict(cfg), "run": os.urandom(8).hex(), "eos": eos,
         "data_hash": hash_of([first_prompt, [asdict(problem) for problem in problems]]),
-        "weights_hash": hash_of([w.flatten().view(torch.int16).sum().item() for w in frozen]),
-        "versions": {package.__name__: package.__version__ for package in packages}}
+        "weights_hash": hash_of(bits),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+                    f"sympy {sympy.__version__}"}
     path = out / "config.json"
     if not cfg.resume:
-        for found in (path, *checkpoints(out), out / "metrics.jsonl", out / "samples.jsonl"):
+        for found in [path, out / "metrics.jsonl", out / "samples.jsonl"] + checkpoints(out):
             if found.exists():
                 raise UserError(f"{found} is of a run; --resume goes on with one that has its "
                                 "config.json, another --output-dir begins one")

@@ -904,7 +904,7 @@ def test_a_moved_run_goes_on_and_a_finished_one_says_so(world, unbroken, tmp_pat
     (lambda run, model: newest(run, "trainer_state.pt").write_bytes(b"garbage"), "remove it"),
     (lambda run, model: newest(run, "adapter_model.safetensors").unlink(), "step_"),
     (lambda run, model: change_run(run), "another run"),
-    (lambda run, model: shutil.copy(model / "config.json", run), "did not write it"),
+    (lambda run, model: shutil.copy(model / "config.json", run), "of no run"),
     (lambda run, model: [shutil.rmtree(f) for f in ogls_sd.checkpoints(run)], "no checkpoint"),
     (lambda run, model: edit_weights(model, lambda norm: norm + 0.5), "weights_hash"),
     (lambda run, model: other_eos(model), "eos"),
