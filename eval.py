@@ -604,12 +604,11 @@ def inspect(args: Namespace) -> None:
     cfg, model, parts = args.cfg, sampler.model, []
     problems = problems[: 2 * args.inspect]
     for group in ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg):
-        read = ogls.make_reader(model, tokenizer, group, cfg)
-        if len(parts) < args.inspect and ogls.make_examples(group, read, cfg, 0.0)[0]:
+        if len(parts) < args.inspect and ogls.make_examples(model, tokenizer, group, cfg, 0.0)[0]:
             question = group.problem.question
             say(f"\n{question}")
             j = [y.correct for y in group.rollouts].index(False)
-            states = five_states(model, group, read, j, cfg)
+            states = five_states(model, tokenizer, group, j, cfg)
             shown = show_rollout(model, tokenizer, group.rollouts[j].tokens, states, cfg)
             parts.append(f"<h2>{html.escape(question)}</h2>"
                          f"Solution: {html.escape(group.problem.solution)}<h3>Rollout</h3>{shown}")
@@ -621,13 +620,13 @@ def inspect(args: Namespace) -> None:
 
 
 @torch.no_grad()
-def five_states(model: nn.Module, group: ogls.Group, read, j: int, cfg: Config) -> Tensor:
+def five_states(model, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Tensor:
     """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.  From the trainer's own
     targets: at lambda 0 it is z0, at lambda 1 z0 + Delta, of pos-mean zbar+."""
     targets = []
     for method, strength in [("ogls", 0.0), ("pos-mean", 0.0), ("ogls", 1.0)]:
         case = replace(cfg, method=method)
-        (example,), _ = ogls.make_examples(group, read, case, strength, chosen=[j])
+        (example,), _ = ogls.make_examples(model, tokenizer, group, case, strength, chosen=[j])
         targets.append(example.target)
     z0, zbar_plus, steered_by_1 = targets  # (T, d) each
     delta = steered_by_1 - z0  # eq. (11)

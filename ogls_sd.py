@@ -55,7 +55,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -120,7 +120,7 @@ class Config:
     clip: float = setting(0.05, "clamp of the KL [v1], for each (position, token) [OPSD]; 0: off")
     lr: float = setting(5e-6, "AdamW's learning rate [v1]; constant, no weight decay [OPSD]")
     max_grad_norm: float = setting(0.1, "gradient clipping [OPSD]")
-    lora_rank: int = setting(64, "r of the adapter [v1]")
+    lora_rank: int = setting(64, "r of the adapter [v1]; vLLM takes 512 at most")
     lora_alpha: int = setting(128, "the adapter is scaled by alpha / r [v1]")
     seed: int = setting(0, "of adapter, order of the data and sampling [us]")
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "of the base weights [us]")
@@ -139,7 +139,7 @@ class Config:
 CHANGEABLE = ("model", "data", "steps", "output_dir", "resume", "save_every", "sampler",
               "vllm_memory", "micro_tokens", "student_tokens", "head_chunk")
 CAN_BE_ZERO = ("top_k", "strength", "ramp_steps", "clip", "lr", "seed")
-AT_MOST_ONE = ("top_p", "vllm_memory")
+AT_MOST = {"top_p": 1, "vllm_memory": 1, "lora_rank": 512}
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -151,14 +151,14 @@ def parse_args(argv: list[str]) -> Config:
         (cfg,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for name, value in asdict(cfg).items():
         low = 0 if name in CAN_BE_ZERO else 1e-9
-        high = 1 if name in AT_MOST_ONE else 2**62
-        is_number = type(value) in (int, float)
-        if value == "" or (is_number and not low <= value <= high):
-            raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}; see --help")
+        high = AT_MOST.get(name, 2**62)
+        if value == "" or (type(value) in (int, float) and not low <= value <= high):
+            raise UserError(f"--{name.replace('_', '-')} cannot be {value!r} (at least {low}, at "
+                            f"most {high}); see --help")
     return replace(cfg, sampler=choose_sampler(cfg))
 
 
-def choose_sampler(cfg: Config) -> str:
+def choose_sampler(cfg) -> str:
     """vLLM on a GPU; generate only where the user asks for it, since it is slow."""
     if cfg.sampler == "hf":
         return "hf"
@@ -170,8 +170,6 @@ def choose_sampler(cfg: Config) -> str:
             "NVIDIA driver of 580 or newer); to train on the CPU, slowly, give --sampler hf")
     if gpu and cfg.dtype == "float32":
         raise UserError("vLLM's LoRA takes no float32 on a GPU; use bfloat16 or --sampler hf")
-    if cfg.lora_rank > 512:
-        raise UserError("vLLM takes a --lora-rank of 512 at most; lower it or use --sampler hf")
     return "vllm"
 
 
@@ -205,7 +203,6 @@ class Group:
     problem: Problem
     prompt: list[int]  # the student's, P token ids
     rollouts: list[Rollout]
-    solution_tokens: list[int]  # s as a response, with its EOS; nobody reads it if there is no s
 
 
 @dataclass(frozen=True)
@@ -225,10 +222,6 @@ class Example:
     logprobs: list[float]  # as in Rollout
     target: Tensor | None = None  # (T, d) steered states; None: the tokens themselves
     advantage: float = 1.0  # their weight, if the tokens themselves are learnt
-
-
-# The teacher's final hidden states on some rollouts: (R, T, d) for each guide.
-Read = Callable[[list[Guide | None], list[Rollout]], Iterator[Tensor]]
 
 
 def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
@@ -257,21 +250,18 @@ def pool_mean(pool: list[Guide | None], states: Iterable[Tensor], chosen: list[i
     return total / count
 
 
-def make_examples(group: Group, read: Read, cfg: Config, strength: float,
+def make_examples(model, tokenizer, group: Group, cfg, strength: float,
                   chosen: list[int] | None = None) -> tuple[list[Example], str]:
     """From a graded group to what the student trains on; without examples, the string says why.
-
-    chosen: numbers j of the rollouts to make examples of, if others than --method says.
-    """
-    ys = group.rollouts
+    chosen: numbers j of the rollouts to make examples of, if others than --method says."""
+    x, s, ys = group.prompt, group.problem.solution, group.rollouts
     everyone = list(range(len(ys)))
     Y_plus = [j for j in everyone if ys[j].correct]  # eq. (6)
     Y_minus = [j for j in everyone if not ys[j].correct]
-    solution = [Guide(group.problem.solution)] if group.problem.solution else []
+    solution = [Guide(s)] if s else []
     P_plus = [Guide(ys[j].text, j) for j in Y_plus] + solution  # eq. (8)
     P_minus = [Guide(ys[j].text, j) for j in Y_minus]  # eq. (9): y_j guides itself, Algorithm 1
-
-    if cfg.method in ("opsd", "sft") and not solution:
+    if cfg.method in ("opsd", "sft") and not s:
         return [], "no solution"
     if cfg.method in ("ogls", "pos-mean", "pos-only") and not P_plus:
         return [], "no right rollout and no solution"
@@ -282,16 +272,25 @@ def make_examples(group: Group, read: Read, cfg: Config, strength: float,
     if cfg.method == "grpo" and not Y_plus:
         return [], "no right rollout"
 
-    if cfg.method == "grpo":  # A_j log pi(y_j); on policy, so no ratio and no clip
-        return reinforce(group), ""
     if cfg.method == "sft":  # log pi(s)
-        return [Example(group.prompt, group.solution_tokens[: cfg.max_new_tokens], [])], ""
+        ids = tokenizer.encode(plain_text(tokenizer, s), add_special_tokens=False)
+        ids.append(tokenizer.eos_token_id)
+        return [Example(x, ids[: cfg.max_new_tokens], [])], ""
+    if cfg.method == "grpo":  # A_j log pi(y_j); on policy, so no ratio and no clip
+        rewards = [float(y.correct) for y in ys]
+        examples = []
+        for y, reward in zip(ys, rewards):
+            advantage = (reward - fmean(rewards)) / pstdev(rewards)  # the population's [us]
+            examples.append(Example(x, y.tokens, y.logprobs, None, advantage))
+        return examples, ""
     if chosen is None:
         chosen = Y_minus if cfg.method in ("ogls", "pos-only") else everyone  # eq. (16)
-    rollouts = [ys[j] for j in chosen]
+    starts = [ys[j].tokens[: cfg.distill_tokens] for j in chosen]
 
     def zbar(pool: list[Guide | None], exclude_self: bool = False) -> Tensor:  # (R, T, d), eq. (10)
-        return pool_mean(pool, read(pool, rollouts), chosen, exclude_self)
+        prompts = [guide_prompt(tokenizer, group, guide, cfg) for guide in pool]
+        states = guided_hidden(model, prompts, starts, cfg.micro_tokens)
+        return pool_mean(pool, states, chosen, exclude_self)
 
     if cfg.method == "ogls":
         zbar_plus = zbar(P_plus)  # (R, T, d), eq. (10)
@@ -306,20 +305,10 @@ def make_examples(group: Group, read: Read, cfg: Config, strength: float,
     else:  # opsd: softmax(z(. | x, s, y_<t)), arXiv:2601.18734
         zT = zbar(solution)
     examples = []
-    for y, target in zip(rollouts, zT):  # (T, d)
-        tokens, logprobs = y.tokens[: cfg.distill_tokens], y.logprobs[: cfg.distill_tokens]
-        examples.append(Example(group.prompt, tokens, logprobs, target[: len(tokens)]))
+    for j, start, target in zip(chosen, starts, zT):  # (T, d)
+        T = len(start)
+        examples.append(Example(x, start, ys[j].logprobs[:T], target[:T]))
     return examples, ""
-
-
-def reinforce(group: Group) -> list[Example]:
-    """GRPO: A_j = (r_j - mean) / std, the population's [us], on whole rollouts."""
-    rewards = [float(y.correct) for y in group.rollouts]
-    examples = []
-    for y, reward in zip(group.rollouts, rewards):
-        advantage = (reward - fmean(rewards)) / pstdev(rewards)
-        examples.append(Example(group.prompt, y.tokens, y.logprobs, None, advantage))
-    return examples
 
 
 def divergences(student_logits: Tensor, target_logits: Tensor, kl: str, clip: float,
@@ -391,6 +380,17 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
     return chat_ids(tokenizer, text, thinking)
 
 
+def guide_prompt(tokenizer, group: Group, guide: Guide | None, cfg) -> list[int]:
+    """Ids of what the teacher reads before a rollout, eqs. (10) and (12)."""
+    if guide is None:
+        return group.prompt  # the anchor reads the student's own
+    text = guide.text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) > cfg.guide_tokens:
+        text = tokenizer.decode(ids[-cfg.guide_tokens :])  # its end has the answer [us]
+    return teacher_prompt(tokenizer, group.problem.question, text, cfg.teacher_thinking)
+
+
 def read_rows(source: str, prefer: str) -> list:
     """Rows of a local file or hub set.  Files go past datasets, whose cache of them can be old."""
     path = Path(source)
@@ -402,7 +402,7 @@ def read_rows(source: str, prefer: str) -> list:
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     if path.exists():
-        raise ValueError("a local file has to be .jsonl, .json or .parquet")
+        raise ValueError("it has to be a .jsonl, .json or .parquet file")
     splits = datasets.load_dataset(source)
     split = prefer if prefer in splits else list(splits)[0]
     say(f"data: split {split} of {source}, which has {', '.join(splits)}")
@@ -415,7 +415,7 @@ def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], in
         rows = read_rows(source, prefer)
     problems = []
     for row in rows:
-        with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        with contextlib.suppress(Exception):  # it can hold anything
             problems.append(read_row(row))
     if not problems:
         raise UserError(f"--data {source}: none of {len(rows)} rows has a problem or question and "
@@ -435,8 +435,7 @@ def read_row(row: dict) -> Problem:
     if not isinstance(gold, str) and (isinstance(gold, bool) or not math.isfinite(gold)):
         raise ValueError("a truth value or no finite number")
     steps, mark, gold = str(gold).rpartition("####")  # GSM8K: a solution, then #### 27
-    if mark and not solution:
-        solution = steps
+    solution = solution or steps
     (question + solution + gold).encode()  # an error for half of a surrogate pair
     if not question.strip() or not gold.strip():
         raise ValueError("empty")
@@ -449,8 +448,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LoRALinear(nn.Module):
-    """W x + (alpha / r) B A x; switched off, the teacher's W x.  W is frozen; A and B are float32,
-    because a bf16 weight of size 0.02 cannot take a step of 5e-6."""
+    """W x + (alpha / r) B A x; switched off, the teacher's W x.  A and B are float32, because a
+    bf16 weight of size 0.02 cannot take a step of 5e-6."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: int):
         super().__init__()
@@ -469,7 +468,7 @@ class LoRALinear(nn.Module):
         return out
 
 
-def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
+def add_lora(model, rank: int, alpha: int, seed: int):
     """Puts a LoRALinear in place of each projection of attention and MLP; freezes all else."""
     model.requires_grad_(False)
     torch.manual_seed(seed)
@@ -479,16 +478,17 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
             setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha))
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def count_modules(model: nn.Module) -> Counter:
-    """How many projections of each name have an adapter."""
-    return Counter(name.rpartition(".")[2] for name in lora_layers(model))
+def use_adapter(model, on: bool):
+    """On: the student.  Off: the teacher; to merge instead would move the base by rounding."""
+    for layer in lora_layers(model).values():
+        layer.switched_on = on
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
     """All that is trained, under PEFT's names."""
     tensors = {}
     for name, layer in lora_layers(model).items():
@@ -497,35 +497,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return tensors
 
 
-@contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the teacher.  Never merge instead: rounding would move the base."""
-    layers = lora_layers(model).values()
-    was_on = all(layer.switched_on for layer in layers)
-    for layer in layers:
-        layer.switched_on = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.switched_on = was_on
-
-
-def save_adapter(model: nn.Module, folder: Path, cfg: Config) -> None:
+def save_adapter(model, folder: Path, cfg):
     """In PEFT's format: PEFT and vLLM load the folder as it is."""
+    kinds = {name.rpartition(".")[2] for name in lora_layers(model)}
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": cfg.model,
-        "r": cfg.lora_rank,
-        "lora_alpha": cfg.lora_alpha,
-        "target_modules": sorted(count_modules(model))}
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model,
+        "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": sorted(kinds)}
     folder.mkdir(exist_ok=True)
     safetensors.torch.save_file(adapter_tensors(model), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model, folder: Path):
     """Takes an adapter in PEFT's format that has this model's layers and rank.  UserError."""
     with explained(f"the adapter in {folder} does not fit this model: {{reason}}"):
         loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
@@ -536,7 +519,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             tensor.data.copy_(loaded[name].view_as(tensor))
 
 
-def load_model(cfg: Config) -> nn.Module:
+def load_model(cfg) -> nn.Module:
     """Base weights on the CPU with an adapter that does nothing yet, in eval mode.  UserError."""
     with explained(f"cannot load the weights of --model {cfg.model}: {{reason}}"):
         if Path(cfg.model, "adapter_config.json").exists():
@@ -554,41 +537,26 @@ def load_model(cfg: Config) -> nn.Module:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if not lora_layers(model):
             raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
-        # generate begins with a slice of states; for one, PyTorch on a CPU copies W once a row.
-        head = model.get_output_embeddings()
-        head.register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
+    # generate begins with a slice of states, for which PyTorch on a CPU copies W, once a row.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
     # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
     model.generation_config = transformers.GenerationConfig()
     model.gradient_checkpointing_enable()
     return model.eval()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Of the base weights, by their bits: a resumed run must have the teacher that it had."""
-    whole_numbers = {2: torch.int16, 4: torch.int32}
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            bits = weight.view(whole_numbers[weight.element_size()]).sum(dtype=torch.int64)
-            digest.update(f"{name} {tuple(weight.shape)} {bits}".encode())
-    return digest.hexdigest()
-
-
-def float32_head(model: nn.Module) -> nn.Module:
+def float32_head(model) -> nn.Module:
     """W in float32, frozen: lambda multiplies the rounding of everything before the softmax."""
     return copy.deepcopy(model.get_output_embeddings()).float().requires_grad_(False)
 
 
 @torch.no_grad()
-def prove_steering(model: nn.Module, cfg: Config) -> None:
-    """Shows on the model in hand what `steer` and `guided_hidden` rely on; else UserError.
-
-    Softcaps, logit scales, a transform before the head, caches of other things than keys and
-    values, dropout: each would make all targets silently wrong.  So cached, guided states and the
-    student's batch, under the head, are held against the model's own logits.
-    """
-    ids = torch.arange(35).remainder(model.get_input_embeddings().weight.shape[0]).tolist()
-    guides, responses = [ids[:11], ids[11:18]], [ids[18:30], ids[30:]]
+def prove_steering(model, cfg):
+    """Holds cached, guided states and the student's batch, under the head, against the model's own
+    logits.  Softcaps, logit scales, a transform before the head, caches of other things than keys
+    and values: each would make all targets silently wrong.  UserError."""
+    guides = [list(range(11)), list(range(11, 18))]  # any token ids will do
+    responses = [list(range(18, 30)), list(range(30, 35))]
     tolerance = 0.05 if cfg.dtype == "bfloat16" else 1e-3
     with explained(f"--model {cfg.model} cannot be steered by its hidden states: {{reason}}; "
                    "take one such as Qwen3, Qwen2 or Llama"):
@@ -620,15 +588,14 @@ class PrefixCache(transformers.DynamicCache):
 
 
 @torch.no_grad()
-def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[list[int]],
+def guided_hidden(model, guides: list[list[int]], responses: list[list[int]],
                   budget: int = 40960) -> Iterator[Tensor]:  # (R, T, d) for each guide
     """The teacher's final hidden states on all responses under one guide after the other, eq. (10).
 
-    Each guide's prompt of P tokens is read once, and the responses on top of it in batches of
-    `budget` padded tokens, a memory setting.  The state that predicts response token t stands at
-    position P - 1 + t.  States beyond a response's end are padding.
+    Each guide's prompt of P tokens is read once, the responses on top of it in batches of `budget`
+    padded tokens.  The state that predicts token t of T stands at position P - 1 + t; states beyond
+    a response's end are padding.
     """
-    model.eval()  # in train mode gradient checkpointing would drop the cache without a word
     responses = [torch.tensor(response) for response in responses]
     padded = nn.utils.rnn.pad_sequence(responses, batch_first=True).to(model.device)  # (R, T)
     lengths = torch.tensor([len(response) for response in responses])  # (R,)
@@ -636,25 +603,27 @@ def guided_hidden(model: nn.Module, guides: list[list[int]], responses: list[lis
     # With a cache keys outnumber queries, and of all masks only this one keeps the fast kernel.
     fast = set(getattr(model.config, "layer_types", None) or []) == {"full_attention"}
     for prompt in guides:
-        with adapter_off(model):
-            cache = PrefixCache()
-            ids = torch.tensor([prompt], device=model.device)  # (1, P)
-            last = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
-            hidden = last.expand(*padded.shape, -1).clone()  # (R, T, d): it predicts token 0
-            for rows in by_length.split(max(1, budget // (len(prompt) + padded.shape[1]))):  # (B,)
-                T = int(lengths[rows[0]])
-                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)} if fast else None
-                out = model.base_model(padded[rows, :T], past_key_values=cache, attention_mask=mask)
-                # The state at token t predicts token t + 1; the last one predicts nothing of ours.
-                hidden[rows, 1:T] = out.last_hidden_state[:, :-1]
+        use_adapter(model, False)
+        model.eval()  # in train mode gradient checkpointing would drop the cache without a word
+        cache = PrefixCache()
+        ids = torch.tensor([prompt], device=model.device)  # (1, P)
+        last = model.base_model(ids, past_key_values=cache).last_hidden_state[0, -1]  # (d,)
+        hidden = last.expand(*padded.shape, -1).clone()  # (R, T, d): it predicts token 0
+        for rows in by_length.split(max(1, budget // (len(prompt) + padded.shape[1]))):  # (B,)
+            T = int(lengths[rows[0]])
+            mask = None
+            if fast:
+                mask = {"full_attention": causal_lower_right(T, len(prompt) + T)}
+            out = model.base_model(padded[rows, :T], past_key_values=cache, attention_mask=mask)
+            # The state at token t predicts token t + 1; the last one predicts nothing of ours.
+            hidden[rows, 1:T] = out.last_hidden_state[:, :-1]
         yield hidden
 
 
-def student_hidden(model: nn.Module, examples: list[Example]) -> list[Tensor]:  # (T, d) each
-    """The student's final hidden states that predict each example's tokens, in one batch.
-
-    Padding stands on the right, where causal attention never looks: no mask, so the fast kernel.
-    """
+def student_hidden(model, examples: list[Example]) -> list[Tensor]:  # (T, d) each
+    """The student's final hidden states that predict each example's tokens, in one batch.  Padding
+    stands on the right, where causal attention never looks: no mask, so the fast kernel."""
+    use_adapter(model, True)
     model.train()  # Transformers checkpoints gradients in train mode only
     sequences = [torch.tensor(example.prompt + example.tokens[:-1]) for example in examples]
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # (B, L)
@@ -666,13 +635,13 @@ def student_hidden(model: nn.Module, examples: list[Example]) -> list[Tensor]:  
     return hidden
 
 
-def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights: Tensor,
-                  head: nn.Module, cfg: Config) -> Tensor:  # (3, N)
+def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights: Tensor, head,
+                  cfg) -> Tensor:  # (3, N)
     """Eq. (15) at N positions, and the backward pass of sum(weights * loss) through `hidden`.
 
-    hidden (N, d) with its graph, target (N, d) or None, tokens (N,), weights (N,).  Returns loss,
-    loss without the clip, and log p(token), in nats.  No (N, V) logits exist: `head_chunk`
-    positions at a time give hidden's gradient, then its graph runs once.
+    target (N, d) or None, tokens (N,), weights (N,).  Returns loss, loss without the clip, and
+    log p(token), in nats.  No (N, V) logits exist: `head_chunk` positions at a time give the
+    gradient of `hidden` (N, d), then its graph runs once.
     """
     gradient = torch.empty_like(hidden)  # (N, d)
     found = []
@@ -698,20 +667,19 @@ def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights
 # ==== 5. Sampling: rollouts as token ids, from vLLM or from Transformers' generate ================
 
 
-def make_rollout(tokenizer, eos: list[int], tokens: list[int], logprobs: list[float]) -> Rollout:
+def make_rollout(tokenizer, eos, tokens: list[int], logprobs: list[float]) -> Rollout:
     """Ends it at its first EOS; what pads a batch after that may have the same id."""
-    finished = False
-    for length, token in enumerate(tokens, 1):
-        if token in eos:
-            tokens, logprobs, finished = tokens[:length], logprobs[:length], True
-            break
-    return Rollout(tokens, tokenizer.decode(tokens, skip_special_tokens=True), finished, logprobs)
+    ends = [place for place, token in enumerate(tokens, 1) if token in eos]
+    if ends:
+        tokens, logprobs = tokens[: ends[0]], logprobs[: ends[0]]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Rollout(tokens, text, bool(ends), logprobs)
 
 
 class VLLMSampler:
     """vLLM in this process, so that it ends with it.  New weights reach it as LoRA files."""
 
-    def __init__(self, cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
+    def __init__(self, cfg, tokenizer, eos, gpus: int = 1):
         self.tokenizer = tokenizer
         self.eos = eos
         self.calls = 0
@@ -726,22 +694,18 @@ class VLLMSampler:
             import vllm  # only here: what can be refused is refused before this slow minute
 
             self.engine = vllm.LLM(
-                cfg.model,
-                dtype=cfg.dtype,
+                cfg.model, dtype=cfg.dtype, trust_remote_code=False, tensor_parallel_size=gpus,
                 gpu_memory_utilization=cfg.vllm_memory,
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-                enable_lora=True,
-                max_loras=1,
+                enable_lora=True, max_loras=1,
                 max_lora_rank=max(8, 2 ** math.ceil(math.log2(cfg.lora_rank))),
                 hf_overrides={"head_dtype": "float32"},  # as the trainer's: a smaller engine_gap
-                tensor_parallel_size=gpus,
                 enforce_eager=not gpu,
                 enable_chunked_prefill=gpu,  # on a CPU, with seeds, it stops the engine
-                trust_remote_code=False,
             ).llm_engine
 
     def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
-               cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
+               cfg) -> Iterator[tuple]:
         """Yields (i, the G rollouts of prompt i) as they finish; by the base if adapter is None.
         Seeds are G apart at least: vLLM samples rollout k of a prompt with seed + k."""
         from vllm.lora.request import LoRARequest
@@ -753,16 +717,9 @@ class VLLMSampler:
             lora = LoRARequest(f"call{self.calls}", self.calls, str(adapter))
         for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
             params = SamplingParams(
-                n=cfg.rollouts,
-                seed=seed,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                top_k=cfg.top_k,
-                max_tokens=cfg.max_new_tokens,
-                stop_token_ids=self.eos,
-                logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY)
+                n=cfg.rollouts, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                top_k=cfg.top_k, max_tokens=cfg.max_new_tokens, stop_token_ids=self.eos,
+                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
             self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=lora)
         with explained("vLLM has failed: {reason}; go on, in training with --resume"):
             while self.engine.has_unfinished_requests():
@@ -778,41 +735,34 @@ class VLLMSampler:
 class HFSampler:
     """Transformers' generate on the trainer's own model, where vLLM does not run."""
 
-    def __init__(self, model: nn.Module, tokenizer, eos: list[int]):
+    def __init__(self, model, tokenizer, eos):
         self.model = model
         self.tokenizer = tokenizer
         self.eos = eos
 
-    def sample(self, prompts: list[list[int]], seeds: list[int], adapter: Path | None,
-               cfg: Config) -> Iterator[tuple[int, list[Rollout]]]:
+    def sample(self, prompts, seeds, adapter, cfg):
         """As VLLMSampler.sample, batch by batch; a batch has the seed of its first prompt."""
-        self.model.eval()
         if adapter:
             load_adapter(self.model, adapter)
         longest = max(map(len, prompts)) + cfg.max_new_tokens
         at_once = max(1, 2**17 // (cfg.rollouts * longest))  # by tokens whose keys are kept
         for start in range(0, len(prompts), at_once):
-            ids = {"input_ids": prompts[start : start + at_once]}
-            batch = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt")  # (B, P)
-            batch = batch.to(self.model.device)
+            use_adapter(self.model, adapter is not None)
+            self.model.eval()
             torch.manual_seed(seeds[start])
-            with (explained("generate has failed: {reason}; are the weights finite?"),
-                  contextlib.nullcontext() if adapter else adapter_off(self.model)):
+            some = {"input_ids": prompts[start : start + at_once]}
+            batch = self.tokenizer.pad(some, padding_side="left", return_tensors="pt")  # (B, P)
+            batch = batch.to(self.model.device)
+            with explained("generate has failed: {reason}; are the weights finite?"):
                 out = self.model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    max_new_tokens=cfg.max_new_tokens,
-                    num_return_sequences=cfg.rollouts,
-                    do_sample=True,
-                    temperature=cfg.temperature,
-                    top_p=cfg.top_p,
-                    top_k=cfg.top_k,
-                    eos_token_id=self.eos,
-                    pad_token_id=self.eos[0])  # (B G, P + T)
+                    batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=True,
+                    num_return_sequences=cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
+                    temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
+                    eos_token_id=self.eos, pad_token_id=self.eos[0])  # (B G, P + T)
             responses = out[:, batch["input_ids"].shape[1] :].tolist()
-            for i in range(len(batch["input_ids"])):
-                of_prompt = responses[i * cfg.rollouts : (i + 1) * cfg.rollouts]
-                yield start + i, [make_rollout(self.tokenizer, self.eos, y, []) for y in of_prompt]
+            made = [make_rollout(self.tokenizer, self.eos, y, []) for y in responses]
+            for i in range(len(some["input_ids"])):
+                yield start + i, made[i * cfg.rollouts : (i + 1) * cfg.rollouts]
 
 
 # ==== 6. Training: Algorithm 1 over the data, and checkpoints that survive a kill =================
@@ -820,16 +770,15 @@ class HFSampler:
 MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsider|check))\b", re.I)
 
 
-def train(cfg: Config) -> None:
+def train(cfg):
     """Algorithm 1.  What can be refused is refused first, then vLLM starts, then the model moves:
     vLLM has to measure a GPU that is still empty.  Each step ends with its log line and checkpoint.
     """
     out = Path(cfg.output_dir)
-    before = read_record(cfg)
     tokenizer, eos = load_tokenizer(cfg)
     problems = choose_problems(cfg, tokenizer)
     model = load_model(cfg)
-    record = describe_run(cfg, tokenizer, eos, problems, model, before)
+    record = describe_run(cfg, tokenizer, eos, problems, model)
     prove_steering(model, cfg)
     sampler = HFSampler(model, tokenizer, eos)
     if cfg.sampler == "vllm":
@@ -857,9 +806,8 @@ def train(cfg: Config) -> None:
         # ---- Teacher, eqs. (6)-(14): all targets first, the student's gradients need the adapter -
         strength = cfg.strength * min(1.0, step / max(cfg.ramp_steps, 1))
         examples, skipped = [], Counter()
-        for group in tqdm(groups, "teacher", leave=False, disable=None):
-            read = make_reader(model, tokenizer, group, cfg)
-            made, reason = make_examples(group, read, cfg, strength)
+        for group in groups:
+            made, reason = make_examples(model, tokenizer, group, cfg, strength)
             examples += made
             if reason:
                 skipped[reason] += 1
@@ -870,17 +818,13 @@ def train(cfg: Config) -> None:
 
         # ---- Log, then save ----------------------------------------------------------------------
         metrics = {
-            "step": step,
-            **rollout_metrics(groups),
-            **learned,
-            "strength": strength,
-            "skipped": skipped.total(),
-            "sample_s": sampled - began,
-            "teacher_s": taught - sampled,
+            "step": step, **rollout_metrics(groups), **learned, "strength": strength,
+            "skipped": skipped.total(), "sample_s": sampled - began, "teacher_s": taught - sampled,
             "student_s": time.perf_counter() - taught,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-        metrics["sampled_tokens_per_s"] = count_tokens(groups) / metrics["sample_s"]
-        log_step(out, metrics, groups, tokenizer)
+        tokens = metrics["length"] * sum(len(group.rollouts) for group in groups)
+        metrics["sampled_tokens_per_s"] = tokens / metrics["sample_s"]
+        log_step(out, metrics, groups[0], tokenizer)
         save(out, step, model, optimizer, record["run"], cfg)
         idle_steps = idle_steps + 1 if learned["loss"] is None else 0
         if idle_steps == 3:
@@ -890,8 +834,7 @@ def train(cfg: Config) -> None:
             raise UserError(f"nothing was learnt in three steps in a row: {reason}")
 
 
-def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapter: Path | None,
-                  cfg: Config) -> list[Group]:
+def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapter, cfg):
     """Eqs. (4)-(5): G graded rollouts of each problem; the seed is the run's and the step's."""
     if cfg.method == "sft":
         cfg = replace(cfg, rollouts=1)  # it learns from none: one is for the log
@@ -902,34 +845,10 @@ def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapte
     rollouts = dict(tqdm(sampled, "sampling", len(problems), leave=False, disable=None))
     groups = []
     for i, problem in enumerate(problems):
-        graded = []
         for y in rollouts[i]:
-            correct = y.finished and grade(y.text, problem.answer)  # a cut one is wrong [us]
-            graded.append(replace(y, correct=correct))
-        solution = plain_text(tokenizer, problem.solution)
-        tokens = tokenizer.encode(solution, add_special_tokens=False) + sampler.eos[:1]
-        groups.append(Group(problem, prompts[i], graded, tokens))
+            y.correct = y.finished and grade(y.text, problem.answer)  # a cut one is wrong [us]
+        groups.append(Group(problem, prompts[i], rollouts[i]))
     return groups
-
-
-def make_reader(model: nn.Module, tokenizer, group: Group, cfg: Config) -> Read:
-    """How the teacher reads the starts of this question's rollouts under guides, eq. (10)."""
-
-    def read(guides: list[Guide | None], rollouts: list[Rollout]) -> Iterator[Tensor]:  # (R, T, d)
-        prompts = []
-        for guide in guides:
-            if guide is None:
-                prompts.append(group.prompt)  # the anchor reads the student's own prompt, eq. (12)
-                continue
-            text, question = guide.text, group.problem.question
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) > cfg.guide_tokens:
-                text = tokenizer.decode(ids[-cfg.guide_tokens :])  # its end has the answer [us]
-            prompts.append(teacher_prompt(tokenizer, question, text, cfg.teacher_thinking))
-        responses = [y.tokens[: cfg.distill_tokens] for y in rollouts]
-        return guided_hidden(model, prompts, responses, cfg.micro_tokens)
-
-    return read
 
 
 def batches(examples: list[Example], budget: int) -> Iterator[list[Example]]:
@@ -938,65 +857,52 @@ def batches(examples: list[Example], budget: int) -> Iterator[list[Example]]:
     def length(example: Example) -> int:
         return len(example.prompt) + len(example.tokens)
 
-    batch = []
-    for example in sorted(examples, key=length):  # each is the longest so far
-        if batch and (len(batch) + 1) * length(example) > budget:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
+    left = sorted(examples, key=length, reverse=True)
+    while left:
+        size = max(1, budget // length(left[0]))  # the first is the longest
+        yield left[:size]
+        left = left[size:]
 
 
-def update(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer,
-           examples: list[Example], cfg: Config) -> dict[str, float | None]:
+def update(model, head, optimizer, examples: list[Example], cfg) -> dict:
     """Eqs. (15)-(16) and a step of AdamW; the loss is the mean over all tokens of the step [us]."""
     total_tokens = sum(len(example.tokens) for example in examples)  # the one denominator
-    sums = Counter()
-    gaps = []
-    parts = list(batches(examples, cfg.student_tokens))
-    for batch in tqdm(parts, "student", leave=False, disable=None):
+    figures, logprobs = [torch.zeros(4, 0)], []
+    for batch in batches(examples, cfg.student_tokens):
         hidden = torch.cat(student_hidden(model, batch))  # (N, d)
-        tokens, weights, logprobs = [], [], []
+        tokens, weights, target = [], [], None
         for example in batch:
             tokens += example.tokens
             weights += [example.advantage / total_tokens] * len(example.tokens)
             logprobs += example.logprobs
         tokens = torch.tensor(tokens, device=hidden.device)  # (N,)
         weights = torch.tensor(weights, device=hidden.device)  # (N,)
-        target = None
         if batch[0].target is not None:
             target = torch.cat([example.target for example in batch])  # (N, d)
-        loss, exact, logp = loss_backward(hidden, target, tokens, weights, head, cfg)  # (N,) each
-        sums["loss"] += (weights * loss).sum().item()
-        if target is not None:
-            sums["kl"] += (weights * exact).sum().item()
-            sums["clipped"] += (weights * (loss != exact)).sum().item()
-        if logprobs:
-            gaps += (logp.cpu() - torch.tensor(logprobs)).abs().tolist()
+        found = loss_backward(hidden, target, tokens, weights, head, cfg)  # (3, N)
+        figures.append(torch.stack([weights, *found]).cpu())
+    weights, loss, exact, logp = torch.cat(figures, dim=1)  # (total_tokens,) each
+    mean_loss = (weights * loss).sum().item()
     parameters = optimizer.param_groups[0]["params"]
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     learned = dict.fromkeys(("loss", "kl", "clipped", "grad_norm", "engine_gap"))
-    if examples and math.isfinite(sums["loss"] + grad_norm):
+    if examples and math.isfinite(mean_loss + grad_norm):
         optimizer.step()  # not without an example: AdamW's momentum would still move the weights
-        learned.update(sums, grad_norm=grad_norm)
-        if gaps:
-            learned["engine_gap"] = fmean(gaps)
+        learned.update(loss=mean_loss, grad_norm=grad_norm)
+        if target is not None:
+            learned["kl"] = (weights * exact).sum().item()
+            learned["clipped"] = (loss != exact).float().mean().item()
+        if logprobs:
+            learned["engine_gap"] = (logp - torch.tensor(logprobs)).abs().mean().item()
     optimizer.zero_grad()
     return learned
 
 
-def count_tokens(groups: list[Group]) -> int:
-    return sum(len(y.tokens) for group in groups for y in group.rollouts)
-
-
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+def rollout_metrics(groups: list[Group]) -> dict:
     """Over all rollouts of a step; markers are the paper's reflection words per 1,000 tokens."""
-    rewards, rollouts = [], []
-    for group in groups:
-        rewards.append(fmean(y.correct for y in group.rollouts))
-        rollouts += group.rollouts
-    tokens = count_tokens(groups)
+    rewards = [fmean(y.correct for y in group.rollouts) for group in groups]
+    rollouts = [y for group in groups for y in group.rollouts]
+    tokens = sum(len(y.tokens) for y in rollouts)
     markers = sum(len(MARKERS.findall(y.text)) for y in rollouts)
     return {
         "reward": fmean(rewards),
@@ -1009,23 +915,19 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "no_box": fmean(extract_boxed(y.text) is None for y in rollouts)}
 
 
-def log_step(out: Path, metrics: dict, groups: list[Group], tokenizer) -> None:
-    """Shows the step's metrics and appends them, and a right and a wrong rollout, to the logs."""
+def log_step(out: Path, metrics: dict, group: Group, tokenizer):
+    """Shows the step's metrics and appends them, and the rollouts of a question, to the logs."""
     line = json.dumps(metrics)
     say(re.sub(r"(\.\d{4})\d+", r"\1", line))  # four decimals are enough on the screen
     if (metrics["engine_gap"] or 0) > 0.1:
         say("warning: engine_gap is over 0.1: vLLM and the trainer are not the same model")
-    samples = {}
-    for group in groups:
-        for y in group.rollouts:
-            samples[y.correct] = {
-                "step": metrics["step"], "correct": y.correct, "finished": y.finished,
-                "prompt": tokenizer.decode(group.prompt), "response": y.text,
-                "answer": group.problem.answer}
     with open(out / "metrics.jsonl", "a") as file:
         file.write(line + "\n")
     with open(out / "samples.jsonl", "a") as file:
-        for sample in samples.values():
+        for y in group.rollouts:
+            sample = {"step": metrics["step"], "correct": y.correct, "finished": y.finished,
+                      "prompt": tokenizer.decode(group.prompt), "response": y.text,
+                      "answer": group.problem.answer}
             file.write(json.dumps(sample) + "\n")
 
 
@@ -1034,10 +936,8 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("step_*") if re.fullmatch(r"step_\d{6}", path.name))
 
 
-def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: str,
-         cfg: Config) -> None:
-    """Full state, written beside and renamed into place.  The two newest and every --save-every-th
-    stay."""
+def save(out: Path, step: int, model, optimizer, run: str, cfg):
+    """Written beside and renamed into place.  The two newest and every --save-every-th stay."""
     temporary = out / "step.tmp"
     with explained(f"cannot write {temporary}: {{reason}}; mend that, then --resume"):
         save_adapter(model, temporary, cfg)
@@ -1049,7 +949,7 @@ def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
         shutil.rmtree(out / f"step_{step - 2:06d}", ignore_errors=True)
 
 
-def restore(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str) -> int:
+def restore(out: Path, model, optimizer, run: str) -> int:
     """Takes the newest checkpoint, if there is one, and drops what was logged beyond it."""
     step = 0
     for folder in checkpoints(out)[-1:]:
@@ -1065,26 +965,26 @@ def restore(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: 
             with explained(f"{path} is broken: {{reason}}; mend it or move it away"):
                 lines = path.read_text().split("\n")[:-1]  # a kill can cut off the last one
                 kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-                beyond_one = any(json.loads(line)["step"] > 1 for line in lines)
-            if step == 0 and beyond_one:
-                raise UserError(f"{out} has logs of several steps, but no checkpoint to go on from")
+                if not step and lines and json.loads(lines[-1])["step"] > 1:
+                    raise ValueError("its steps have no checkpoint to go on from")
             write_text(path, "".join(kept))
     return step
 
 
-def load_tokenizer(cfg: Config) -> tuple[object, list[int]]:
+def load_tokenizer(cfg) -> tuple:
     """Tokenizer and EOS ids, and every refusal that needs no weights.  UserError."""
     with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
         config = config.get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
-        turn = [{"role": "user", "content": "Is this question in the prompt?"}]
-        if turn[0]["content"] not in tokenizer.apply_chat_template(turn, tokenize=False):
+        question = "Is this question in the prompt?"
+        if question not in tokenizer.decode(student_prompt(tokenizer, question)):
             raise ValueError("its chat template leaves out what the user says")
         eos = config.eos_token_id
         with contextlib.suppress(OSError):  # Qwen3 lists a second one there
             eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id or eos
-        eos = [eos] if isinstance(eos, int) else eos
+        if isinstance(eos, int):
+            eos = [eos]
         if not eos:
             raise ValueError("it names no EOS token")
         if len(tokenizer) > config.vocab_size:
@@ -1098,7 +998,7 @@ def load_tokenizer(cfg: Config) -> tuple[object, list[int]]:
     return tokenizer, eos
 
 
-def choose_problems(cfg: Config, tokenizer) -> list[Problem]:
+def choose_problems(cfg, tokenizer) -> list[Problem]:
     """The problems in the run's order.  Says what was dropped; UserError if none can teach."""
     problems, unusable = load_problems(cfg.data)
     fit = []
@@ -1109,9 +1009,8 @@ def choose_problems(cfg: Config, tokenizer) -> list[Problem]:
     solved = sum(problem.solution != "" for problem in fit)
     as_text = [problem.answer for problem in fit if not comparable(problem.answer)]
     say(f"data: {len(fit)} problems, {solved} with a solution; dropped: {unusable} without a "
-        f"question or an answer, {len(problems) - len(fit)} too long")
-    if as_text:
-        say(f"{len(as_text)} answers can be compared as text only, such as {as_text[:3]}")
+        f"question or an answer, {len(problems) - len(fit)} too long; {len(as_text)} answers can "
+        f"be compared as text only {as_text[:3]}")
     if not fit:
         raise UserError(f"every problem is over --max-prompt-tokens {cfg.max_prompt_tokens}")
     if cfg.method in ("opsd", "sft") and not solved:
@@ -1121,39 +1020,37 @@ def choose_problems(cfg: Config, tokenizer) -> list[Problem]:
     return random.Random(cfg.seed).sample(fit, len(fit))
 
 
-def read_record(cfg: Config) -> dict:
-    """The config.json of the run to go on with; {} for a new one.  UserError if they would mix."""
+def hash_of(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def describe_run(cfg, tokenizer, eos, problems: list[Problem], model) -> dict:
+    """What config.json says of a run.  UserError if the folder has a run already, or if --resume
+    would change what it learns with: settings, problems, base weights."""
     out = Path(cfg.output_dir)
-    path = out / "config.json"
-    if cfg.resume:
-        with explained(f"{path} is of no run that --resume could go on with: {{reason}}"):
-            record = json.loads(path.read_text())
-            if not {"run", "weights_hash", "versions"} <= set(record):
-                raise ValueError("this program did not write it")
-            return record
-    for found in (path, *checkpoints(out), out / "metrics.jsonl", out / "samples.jsonl"):
-        if found.exists():
-            raise UserError(f"{found} is of a run; --resume goes on with one that has its "
-                            "config.json, another --output-dir begins one")
-    return {}
-
-
-def describe_run(cfg: Config, tokenizer, eos: list[int], problems: list[Problem],
-                 model: nn.Module, before: dict) -> dict:
-    """What config.json says of a run.  UserError if --resume changes more than it may."""
-    say(f"training LoRA on these projections: {dict(count_modules(model))}")
-    prompts = [student_prompt(tokenizer, p.question, cfg.thinking) for p in problems]
-    data = json.dumps([prompts, [asdict(problem) for problem in problems]])
-    packages = (torch, transformers, datasets, sympy)
+    kinds = Counter(name.rpartition(".")[2] for name in lora_layers(model))
+    say(f"training LoRA on these projections: {dict(kinds)}")
+    bits = [weight.flatten().view(torch.int16).sum().item()
+            for weight in model.parameters() if not weight.requires_grad]
+    first_prompt = student_prompt(tokenizer, problems[0].question, cfg.thinking)
     record = {
-        **asdict(cfg),
-        "run": before.get("run", os.urandom(8).hex()),
-        "eos": eos,
-        "data_hash": hashlib.sha256(data.encode()).hexdigest(),
-        "weights_hash": fingerprint(model),
-        "versions": {package.__name__: package.__version__ for package in packages}}
+        **asdict(cfg), "run": os.urandom(8).hex(), "eos": eos,
+        "data_hash": hash_of([first_prompt, [asdict(problem) for problem in problems]]),
+        "weights_hash": hash_of(bits),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+                    f"sympy {sympy.__version__}"}
+    path = out / "config.json"
+    if not cfg.resume:
+        for found in [path, out / "metrics.jsonl", out / "samples.jsonl"] + checkpoints(out):
+            if found.exists():
+                raise UserError(f"{found} is of a run; --resume goes on with one that has its "
+                                "config.json, another --output-dir begins one")
+        return record
+    with explained(f"{path} is of no run that --resume could go on with: {{reason}}"):
+        before = json.loads(path.read_text())
+        record["run"] = before["run"]
     for name, now in record.items():
-        was = before.get(name, now)
+        was = before.get(name)
         if was != now and name == "versions":
             say(f"note: this run began with {was}, and goes on with {now}")
         elif was != now and name not in CHANGEABLE:
@@ -1170,13 +1067,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
-def say(text: str) -> None:
+def say(text: str):
     """Prints above the progress bars.  What cannot be printed must not end a run."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(printable(text))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str):
     """Beside and renamed: a kill leaves the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -1207,22 +1104,21 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]):
     cfg = parse_args(argv)
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     with locked(Path(cfg.output_dir)):
         train(cfg)
 
 
-def guarded(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Does the work; what a user can meet ends in one line on stderr and exit code 2."""
+def guarded(work, argv: list[str]) -> int:
+    """work(argv); what a user can meet ends in one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.logging.set_verbosity_error()  # its reports would stand around our one line
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # it may be ASCII
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII
     try:
         return work(argv) or 0
     except KeyboardInterrupt:
