@@ -10,7 +10,7 @@
 
 Scoring uses the prompt of training (OPSD scored with another), and a response that is cut off is
 wrong.  The same command goes on after a kill.  --inspect and --teacher take the settings of the
-adapter's run.  Flags are those of ogls_sd.py and some more.
+adapter's run.  Flags that are not listed below, such as --model, are those of ogls_sd.py.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from ogls_sd import MARKERS, Config, Problem, UserError, explained, grade, say, write_text
+from ogls_sd import MARKERS, Problem, UserError, explained, grade, say, write_text
 from torch import Tensor, nn
 
 # ==== Figures: scores and shares in percent, lengths in tokens ====================================
@@ -136,14 +136,14 @@ def graded(row: dict) -> dict:
     return {**row, "answer": ogls.extract_boxed(row["text"]), "correct": correct}
 
 
-def report(output: Path) -> None:
+def report(output: Path):
     """Shows the table of all responses, and writes it beside them."""
     figures = score(read_lines(output, FIELDS))
     figures.to_json(f"{output}.summary.json", orient="records")
     say(figures.to_string(index=False, na_rep="", float_format="%.1f"))
 
 
-def regrade(args: Namespace) -> None:
+def regrade(args):
     """Grades the responses of a file again, in place."""
     file = Path(args.regrade)
     with ogls.locked(file):  # nobody can append meanwhile
@@ -166,7 +166,7 @@ def hash_of(folder: Path) -> str:
     return total.hexdigest()
 
 
-def read_adapters(args: Namespace) -> list[Path]:
+def read_adapters(args) -> list[Path]:
     """The folders; args.cfg gets their rank and alpha.  UserError for other than plain LoRA."""
     folders, shapes = [Path(name) for name in args.adapter or []], set()
     others = ["use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save"]
@@ -177,6 +177,9 @@ def read_adapters(args: Namespace) -> list[Path]:
             if used or config["peft_type"] != "LORA":
                 raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
             shapes.add((config["r"], config["lora_alpha"]))
+            base = str(config.get("base_model_name_or_path"))
+            if Path(base).name != Path(args.cfg.model).name:
+                say(f"note: {folder} was trained on {base}, not on {args.cfg.model}")
     if args.cfg.sampler == "hf" and len(shapes) > 1:
         raise UserError("--sampler hf takes adapters of one rank and alpha at a time")
     rank, alpha = max(shapes, default=(8, 8))
@@ -184,7 +187,7 @@ def read_adapters(args: Namespace) -> list[Path]:
     return folders
 
 
-def load_sets(data: str) -> tuple[dict, int]:
+def load_sets(data: str) -> tuple:
     """Problems by (set, question), a set by its source's last name; and how many were unusable."""
     problems, unusable = {}, 0
     for source in data.split(","):
@@ -198,7 +201,7 @@ def load_sets(data: str) -> tuple[dict, int]:
     return problems, unusable
 
 
-def keep_settings(output: Path, settings: dict) -> None:
+def keep_settings(output: Path, settings: dict):
     """Beside --output, with those that it had.  UserError if two things would mix in it."""
     file = Path(f"{output}.settings.json")
     before = read_lines(file, {"model": str})
@@ -213,7 +216,7 @@ def keep_settings(output: Path, settings: dict) -> None:
     write_text(file, json.dumps({**before[0], **settings}))
 
 
-def evaluate(args: Namespace) -> None:
+def evaluate(args):
     """Samples what --output lacks.  All that can be refused is, before vLLM is imported."""
     adapters = read_adapters(args)
     cfg = args.cfg
@@ -245,7 +248,7 @@ def evaluate(args: Namespace) -> None:
             done.setdefault(row["checkpoint"], set()).add((row["set"], row["question"]))
         for checkpoint in [None, *adapters]:
             name = str(checkpoint or "base")
-            have = done.get(name, set())
+            have = done.setdefault(name, set())
             if len(have) < len(problems) and not sampler:
                 sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
             for key, rollouts in sample_missing(sampler, cfg, checkpoint, prompts, have):
@@ -256,14 +259,14 @@ def evaluate(args: Namespace) -> None:
         report(output)
 
 
-def open_sampler(cfg: Config, tokenizer, eos: list[int], gpus: int = 1):
+def open_sampler(cfg, tokenizer, eos, gpus: int = 1):
     if cfg.sampler == "vllm":
         return ogls.VLLMSampler(cfg, tokenizer, eos, gpus)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
 
 
-def sample_missing(sampler, cfg: Config, folder: Path | None, prompts: dict, have: set) -> Iterator:
+def sample_missing(sampler, cfg, folder: Path | None, prompts: dict, have: set) -> Iterator:
     """Yields each key that is not in `have`, with its responses.  vLLM takes all together, to wait
     for the longest once; generate the same eight whatever a kill left, as they share a seed."""
     keys, at_once = list(prompts), 8
@@ -280,7 +283,7 @@ def sample_missing(sampler, cfg: Config, folder: Path | None, prompts: dict, hav
                 yield batch[i], rollouts
 
 
-def append_responses(output: Path, name: str, key: tuple, problem: Problem, rollouts: list) -> None:
+def append_responses(output: Path, name: str, key: tuple, problem: Problem, rollouts: list):
     """The responses to one question, in one write."""
     lines = ""
     for sample, y in enumerate(rollouts):
@@ -305,7 +308,7 @@ OPERATIONS = ["double", "add 3", "square", "times 7"]
 WORDINGS = ["We get ", "It ends in ", "The last digit is "]
 
 
-def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
+def toy_tokenizer():
     """Characters; operations, phrases and the prompts' fixed parts are single tokens."""
     tokenizer = transformers.Qwen2Tokenizer(
         eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=(
@@ -344,7 +347,7 @@ def toy_answer(rng: Random, digits: list[int], operations: list[str], checks: bo
     return f"{start}\\boxed{{{digits[-1]}}}"
 
 
-def toy_problem(rng: Random) -> dict[str, str]:
+def toy_problem(rng: Random) -> dict:
     operations = rng.choices(OPERATIONS, k=4)
     digits = toy_steps(rng.randrange(10), operations)
     return {
@@ -408,7 +411,7 @@ def make_toy(folder: Path, seed: int) -> list[str]:
     return flags
 
 
-def write_problems(folder: Path, make, rng: Random, train: int, heldout: int) -> None:
+def write_problems(folder: Path, make, rng: Random, train: int, heldout: int):
     """train.jsonl and heldout.jsonl, no question twice; heldout last: then all of it is there."""
     rows = {}
     while len(rows) < train + heldout:
@@ -419,33 +422,7 @@ def write_problems(folder: Path, make, rng: Random, train: int, heldout: int) ->
     write_text(folder / "heldout.jsonl", "".join(lines[train:]))
 
 
-def word_problems(args: Namespace) -> None:
-    """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
-    folder = Path(args.word_problems)
-    if (folder / "train.jsonl").exists() or (folder / "heldout.jsonl").exists():
-        raise UserError(f"{folder} has problems already; take another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_problems(folder, word_problem, Random(args.cfg.seed), 400, 64)
-    say(f"wrote 400 and 64 problems to {folder}")
-
-
-def word_problem(rng: Random) -> dict[str, str]:
-    """Two products and their sum, with a short written solution."""
-    name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
-    thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
-    boxes, in_box = rng.randint(12, 19), rng.randint(13, 39)
-    bags, in_bag = rng.randint(6, 12), rng.randint(13, 39)
-    first, second = boxes * in_box, bags * in_bag
-    total = first + second
-    return {
-        "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {bags} bags with "
-                   f"{in_bag} {thing} in each. How many {thing} does {name} have in all?",
-        "solution": f"{boxes} * {in_box} = {first}. {bags} * {in_bag} = {second}. "
-                    f"{first} + {second} = {total}. The answer is \\boxed{{{total}}}.",
-        "answer": str(total)}
-
-
-def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
+def score_toy(words: list[str], adapter: Path | None) -> dict:
     """On the held-out problems: shares in percent, markers per 1,000 tokens, length in tokens."""
     cfg = ogls.parse_args([*words, "--sampler=hf", "--rollouts=8", "--method=ogls"])
     tokenizer, eos = ogls.load_tokenizer(cfg)
@@ -453,7 +430,7 @@ def score_toy(words: list[str], adapter: Path | None) -> dict[str, float]:
     problems, _ = ogls.load_problems(f"{cfg.model}/heldout.jsonl")
     groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
     found = ogls.rollout_metrics(groups)
-    checks = [" check: " in y.text for group in groups for y in group.rollouts]
+    checks = ["Let me check" in y.text for group in groups for y in group.rollouts]
     return {"right": 100 * found["reward"], "check": 100 * fmean(checks),
             "markers": found["markers"], "length": found["length"]}
 
@@ -485,6 +462,35 @@ def run_toy(argv: list[str]) -> int:
     return 0
 
 
+# ==== Word problems for small real models: --word-problems ========================================
+
+
+def word_problems(args):
+    """Writes train.jsonl (400) and heldout.jsonl (64), apart; the same for the same --seed."""
+    folder = Path(args.word_problems)
+    if (folder / "train.jsonl").exists() or (folder / "heldout.jsonl").exists():
+        raise UserError(f"{folder} has problems already; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_problems(folder, word_problem, Random(args.cfg.seed), 400, 64)
+    say(f"wrote 400 and 64 problems to {folder}")
+
+
+def word_problem(rng: Random) -> dict:
+    """Two products and their sum, with a short written solution."""
+    name = rng.choice(["Ann", "Ben", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"])
+    thing = rng.choice(["apples", "books", "coins", "tickets", "shells", "stamps", "pens", "cards"])
+    boxes, in_box = rng.randint(12, 19), rng.randint(13, 39)
+    bags, in_bag = rng.randint(6, 12), rng.randint(13, 39)
+    first, second = boxes * in_box, bags * in_bag
+    total = first + second
+    return {
+        "problem": f"{name} has {boxes} boxes with {in_box} {thing} in each, and {bags} bags with "
+                   f"{in_bag} {thing} in each. How many {thing} does {name} have in all?",
+        "solution": f"{boxes} * {in_box} = {first}. {bags} * {in_bag} = {second}. "
+                    f"{first} + {second} = {total}. The answer is \\boxed{{{total}}}.",
+        "answer": str(total)}
+
+
 # ==== Training curves, and the paper's comparison on the toy ======================================
 
 LOGGED = {"step": int, "reward": int | float, "markers": int | float}
@@ -499,11 +505,9 @@ ROWS = {
     "ogls_lambda_3_early": ["--ramp-steps=10"]}
 
 
-def draw(runs: dict[str, list[Path]], file: Path) -> None:
+def draw(runs: dict[str, list[Path]], file: Path):
     """A curve for each name: the running mean of what its runs logged."""
-    with explained("a picture needs matplotlib ({reason}): pip install matplotlib"):
-        from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    curves = {}
     for name, folders in runs.items():
         rows = []
         for folder in folders:
@@ -511,21 +515,24 @@ def draw(runs: dict[str, list[Path]], file: Path) -> None:
         if not rows:
             raise UserError(f"{name} has no metrics.jsonl with a step; give a run's folder")
         means = pd.DataFrame(rows).groupby("step")[["reward", "markers"]].mean()
-        means = means.rolling(5, min_periods=1, center=True).mean()
-        means["reward"].plot(ax=left, title="Share of right rollouts")
-        means["markers"].plot(ax=right, label=name, title="Reflection markers per 1,000 tokens")
+        curves[name] = means.rolling(5, min_periods=1, center=True).mean()
+    with explained("a picture needs matplotlib ({reason}): pip install matplotlib"):
+        from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, curve in curves.items():
+        curve["reward"].plot(ax=left, title="Share of right rollouts")
+        curve["markers"].plot(ax=right, label=name, title="Reflection markers per 1,000 tokens")
     right.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     say(f"wrote {file}")
 
 
-def plot(args: Namespace) -> None:
-    """Into scores/curves.png."""
-    Path("scores").mkdir(exist_ok=True)
+def plot(args):
     draw({str(run): [run] for run in args.plot}, Path("scores/curves.png"))
 
 
-def toy_table(args: Namespace) -> None:
+def toy_table(args):
     """Every method from one warm start a seed.  Finished runs stay, killed ones go on."""
     folder, steps = Path(args.cfg.output_dir), args.cfg.steps
     folder.mkdir(parents=True, exist_ok=True)
@@ -553,7 +560,7 @@ def toy_table(args: Namespace) -> None:
 # ==== A look at a model: what a guide adds, and the steered target token by token ================
 
 
-def open_model(args: Namespace) -> tuple:
+def open_model(args) -> tuple:
     """Tokenizer, sampler, problems and the one adapter or None, for a look at a model."""
     adapters = read_adapters(args)
     if len(adapters) > 1:
@@ -565,7 +572,7 @@ def open_model(args: Namespace) -> tuple:
     return tokenizer, sampler, problems, adapters[0] if adapters else None
 
 
-def teacher(args: Namespace) -> None:
+def teacher(args):
     """What there is to distil: accuracy alone, and shown a guide where a rollout was wrong."""
     tokenizer, sampler, problems, adapter = open_model(args)
     cfg = args.cfg
@@ -598,7 +605,7 @@ student does, orange ones less likely: there training pulls the student.  Point 
 its figures: of the student, of the teacher alone (anchor), and steered by lambda Delta."""
 
 
-def inspect(args: Namespace) -> None:
+def inspect(args):
     """A page on N questions with a wrong rollout; its main points also go to the terminal."""
     tokenizer, sampler, problems, adapter = open_model(args)
     cfg, model, parts = args.cfg, sampler.model, []
@@ -620,7 +627,7 @@ def inspect(args: Namespace) -> None:
 
 
 @torch.no_grad()
-def five_states(model, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Tensor:
+def five_states(model, tokenizer, group: ogls.Group, j: int, cfg) -> Tensor:
     """(5, T, d) on rollout j: student, anchor z0, zbar+, zbar-, steered zT.  From the trainer's own
     targets: at lambda 0 it is z0, at lambda 1 z0 + Delta, of pos-mean zbar+."""
     targets = []
@@ -637,8 +644,7 @@ def five_states(model, tokenizer, group: ogls.Group, j: int, cfg: Config) -> Ten
 
 
 @torch.no_grad()
-def show_rollout(model: nn.Module, tokenizer, tokens: list[int], states: Tensor,
-                 cfg: Config) -> str:
+def show_rollout(model, tokenizer, tokens: list[int], states: Tensor, cfg) -> str:
     """Coloured tokens, as HTML; the terminal gets how each teacher would begin."""
     logits = ogls.float32_head(model)(states)  # (5, T, d) -> (5, T, V)
     p = (logits / cfg.temperature).softmax(-1)  # (5, T, V)
@@ -654,10 +660,9 @@ def show_rollout(model: nn.Module, tokenizer, tokens: list[int], states: Tensor,
     spans = ""
     for t, token in enumerate(tokens[: len(exact)]):
         moved = int((steered[t] - anchor[t]).abs().argmax())
-        note = (
-            f"student {student[t, token]:.1%}, anchor {anchor[t, token]:.1%}, steered "
-            f"{steered[t, token]:.1%}; divergence {exact[t]:.3f} nats; Delta moves most "
-            f"[{tokenizer.decode([moved])}] {anchor[t, moved]:.0%} to {steered[t, moved]:.0%}")
+        note = (f"student {student[t, token]:.1%}, anchor {anchor[t, token]:.1%}, steered "
+                f"{steered[t, token]:.1%}; divergence {exact[t]:.3f} nats; Delta moves most "
+                f"[{tokenizer.decode([moved])}] {anchor[t, moved]:.0%} to {steered[t, moved]:.0%}")
         rise = float(steered[t, token] - student[t, token])
         colour = "0,114,178" if rise > 0 else "230,97,0"
         spans += f'<span style="background:rgba({colour},{abs(rise):.3f})"'
@@ -722,7 +727,7 @@ def parse_args(argv: list[str]) -> Namespace:
     return args
 
 
-def read_settings(args: Namespace) -> dict:
+def read_settings(args) -> dict:
     """Those of the paper's evaluation, or of the adapter's run."""
     if args.mode == "evaluate":
         return {**PAPER, "rollouts": args.k or 8}
@@ -737,7 +742,7 @@ def read_settings(args: Namespace) -> dict:
     return settings
 
 
-def work(argv: list[str]) -> None:
+def work(argv: list[str]):
     args = parse_args(argv)
     MODES[args.mode][0](args)
 

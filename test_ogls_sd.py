@@ -1290,15 +1290,12 @@ def response(question, sample, answer, correct, finish="stop", text="wait", leng
 
 
 def test_pass_at_k_and_majority():
-    # 4 responses, 1 correct, 2 drawn: 3 of the 6 pairs hold it.
-    assert scorer.pass_at(2, 4, 1) == pytest.approx(1 / 2)
+    assert scorer.pass_at(2, 4, 1) == pytest.approx(1 / 2)  # 3 of the 6 pairs hold the right one
     assert scorer.pass_at(2, 4, 2) == pytest.approx(5 / 6)  # only the pair of both wrong ones fails
     assert [scorer.pass_at(2, 4, c) for c in (0, 3, 4)] == [0, 1, 1]
     assert scorer.pass_at(1, 8, 3) == pytest.approx(3 / 8)
     assert scorer.majority(["1/2", "3", "0.5", "4"], [True, False, True, False]) == 1
-    assert scorer.majority(["3", "1/2", "3"], [False, True, False]) == 0
-    # A tie of 1/2 = 0.5 and 3 = 6/2: one of the two tied answers is correct, in any order.
-    tie, right = ["1/2", "3", "0.5", "6/2", "7"], [True, False, True, False, False]
+    tie, right = ["1/2", "3", "0.5", "6/2", "7"], [True, False, True, False, False]  # two tied
     assert scorer.majority(tie, right) == scorer.majority(tie[::-1], right[::-1]) == 1 / 2
 
 
@@ -1317,11 +1314,8 @@ def test_score_by_hand():
     assert {name: base[name] for name in wanted} == pytest.approx(wanted)
     assert math.isnan(base["vs base"])
     assert step["vs base"] == (0 + 50 + 100 + 100) / 4 and step["95% low"] > 0
-    # Two questions, +100 and 0: the resampled means are 0, 50, 100 with chances 1/4, 1/2, 1/4.
-    gap = scorer.paired_difference(pd.Series([100.0, 0.0]))
+    gap = scorer.paired_difference(pd.Series([100.0, 0.0]))  # means 0, 50, 100 in 1 : 2 : 1
     assert gap == {"vs base": 50, "95% low": 0, "95% high": 100}
-    gap = scorer.paired_difference(pd.Series([30.0] * 5))
-    assert (gap["95% low"], gap["95% high"]) == (30, 30)
 
 
 # ==== eval.py: files that survive, flags that are refused ========================================
@@ -1329,7 +1323,6 @@ def test_score_by_hand():
 
 @pytest.fixture
 def scoring(world, unbroken, tmp_path, monkeypatch):
-    """A scoring command on two small sets."""
     monkeypatch.chdir(tmp_path)
     for name, count in (("a", 10), ("b", 3)):
         write_rows(f"{name}.jsonl", toy_rows(count, seed=count))
@@ -1339,8 +1332,7 @@ def scoring(world, unbroken, tmp_path, monkeypatch):
 
 
 def table_of(capsys):
-    lines = capsys.readouterr().out.split("\n")
-    return [line for line in lines if " base " in line or "step_" in line]
+    return capsys.readouterr().out.split("\n")[-5:]  # its four rows, the end of what is said
 
 
 def test_killed_and_resumed_scoring(scoring, capsys, monkeypatch):
@@ -1348,49 +1340,41 @@ def test_killed_and_resumed_scoring(scoring, capsys, monkeypatch):
     assert scorer.main([*scoring, "--output=whole.jsonl"]) == 0
     step = os.path.relpath(scoring[2])
     assert [args[3] for args in sampled] == [None] * 2 + [Path(step)] * 2  # 8 questions each
-    scales = {layer.scale for layer in ogls_sd.lora_layers(sampled[0][0].model).values()}
-    assert scales == {128 / 8}  # the adapter's own
-    table = table_of(capsys)[-4:]
-    whole = Path("whole.jsonl").read_text()
-    assert whole.count("\n") == 2 * 13 * 2
-    settings = json.loads(Path("whole.jsonl.settings.json").read_text())
-    assert settings["top_p"] == 0.95 and settings["top_k"] == 0 and settings["thinking"]
+    layers = ogls_sd.lora_layers(sampled[0][0].model).values()
+    assert {layer.scale for layer in layers} == {128 / 8}  # the adapter's own
+    table, whole = table_of(capsys), Path("whole.jsonl").read_text()
+    assert "step_" in table[3] and whole.count("\n") == 2 * 13 * 2
     for cut in (0, 10, len(whole) // 3, len(whole) // 2, len(whole) - 1):  # kills in a line
         Path("cut.jsonl").write_text(whole[:cut])
         shutil.copy("whole.jsonl.settings.json", "cut.jsonl.settings.json")
         assert scorer.main([*scoring, "--output=cut.jsonl"]) == 0
-        assert table_of(capsys)[-4:] == table
-        assert {*Path("cut.jsonl").read_text().split("\n"), ""} == set(whole.split("\n"))
-    Path("cut.jsonl").unlink()
+        assert table_of(capsys) == table and Path("cut.jsonl").read_text() == whole
+    Path("cut.jsonl").write_text("")
     Path("cut.jsonl.settings.json").write_text('{"model": "", "k": 9}')  # stopped at its start
     assert scorer.main([*scoring, "--output=cut.jsonl"]) == 0
-    text = whole.replace('"correct": false', '"correct": true').rstrip("\n")  # and no last newline
-    Path("cut.jsonl").write_text(text)
+    wrong = whole.replace('"correct": false', '"correct": true').rstrip("\n")  # no last newline
+    Path("cut.jsonl").write_text(wrong)
     assert scorer.main(["--regrade=cut.jsonl"]) == 0
-    assert table_of(capsys)[-4:] == table
-    assert Path("cut.jsonl").read_text() == whole
-    # A checkpoint has one name, however it is spelt: nothing is left to sample.
-    sampled.clear()
-    twice = [*scoring[:2], f"{step}/", *scoring[2:]]
-    assert scorer.main([*twice, "--output=whole.jsonl"]) == 0 and not sampled
+    assert table_of(capsys) == table and Path("cut.jsonl").read_text() == whole
+    twice = [*scoring[:2], f"{step}/", *scoring[2:], "--output=twice.jsonl"]
+    assert scorer.main(twice) == 0  # one checkpoint, however it is spelt
+    assert Path("twice.jsonl").read_text() == whole
 
 
 REFUSED = """score --output=o.jsonl --temperature=0.5 | temperature 1.0;
 score --output=o.jsonl --k=3 | rollouts 2; score --output=o.jsonl --data=b.jsonl | data;
 score --output=o.jsonl --adapter other | adapter other; score --output=bare.jsonl | settings.json;
-score --output=list.jsonl | settings.json; score --k=0 | --k;
---inspect=1 --sampler=vllm | --sampler; --teacher=1 --strength=9 | --strength;
-score --data=aime99 | aime99; score --data=./gone.jsonl | gone;
+score --output=list.jsonl | settings.json; score --k=0 | --k; score --output= | empty;
+score --data=aime99 | aime99; score --data=./gone.jsonl | gone; score --top-p 7 | --top-p;
 score --data=nothing.jsonl | nothing; score --data=a.jsonl,./a.jsonl | two sets;
-score --adapter gone | adapter_config.json; score --adapter dora | use_dora; score --lr=1 | --lr;
-score --adapter dora other | use_dora; score --tensor-parallel-size=-1 | --tensor;
-score --output= | empty; --regrade=gone.jsonl | gone; --regrade=other.jsonl | right type;
---regrade=o.jsonl --k=2 | --k; --regrade=nothing.txt | no response; --plot run | metrics.jsonl;
---plot dora | metrics.jsonl; --plot run --output=a.jsonl | --output; --toy-table --seeds=0 | --seeds;
---toy-table --temperature=1 | --temperature; --inspect=0 | --inspect; --inspect=1 --k=2 | --k;
---inspect=1 --lr=1 | --lr; --inspect=1 --adapter other --model=m | config.json;
---plot run --toy-table | --plot; --unknown=1 | unknown; score --top-p 7 | --top-p""".replace(
-    "\n", " ")
+score --adapter gone | adapter_config.json; score --adapter dora other | use_dora;
+score --tensor-parallel-size=-1 | --tensor; score --lr=1 | --lr; --unknown=1 | unknown;
+--regrade=gone.jsonl | gone; --regrade=other.jsonl | right type; --regrade=empty | no response;
+--regrade=o.jsonl --k=2 | --k; --plot run | metrics.jsonl; --plot dora | metrics.jsonl;
+--plot run --output=a.jsonl | --output; --plot run --toy-table | --plot; --inspect=0 | --inspect;
+--toy-table --temperature=1 | --temperature; --teacher=1 --strength=9 | --strength;
+--inspect=1 --sampler=vllm | --sampler; --toy-table --seeds=0 | --seeds; --inspect=1 --lr=1 | --lr;
+--inspect=1 --adapter other | config.json; --word-problems=words | already""".replace("\n", " ")
 
 
 def test_what_scoring_refuses(scoring, capsys):
@@ -1398,20 +1382,16 @@ def test_what_scoring_refuses(scoring, capsys):
         config = shutil.copytree(scoring[2], Path(name)) / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     assert scorer.main([*scoring[:3], "other", *scoring[3:], "--output=o.jsonl"]) == 0
-    files = {"bare.jsonl": "{}\n", "other.jsonl": '{"checkpoint": "base"}\n', "nothing.txt": "",
-             "nothing.jsonl": '{"puzzle": "1"}\n', "list.jsonl": "{}\n",
-             "list.jsonl.settings.json": "[]", "run/metrics.jsonl": "[1]\n"}
-    Path("run").mkdir()
-    for name, text in files.items():
+    for name, text in {"bare.jsonl": "{}\n", "other.jsonl": '{"checkpoint": "base"}\n', "empty": "",
+                       "nothing.jsonl": '{"puzzle": "1"}\n', "list.jsonl": "{}\n",
+                       "list.jsonl.settings.json": "[]", "run/metrics.jsonl": "[1]\n",
+                       "other/more.json": "{}", "words/train.jsonl": ""}.items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
-    with open("other/trainer.json", "w") as file:  # it is another checkpoint now
-        file.write("{}")
     before = tree(Path("."))
     for row in REFUSED.split("; "):
         given, words = row.split(" | ")
-        flags = given.split()
-        if flags[0] == "score":
-            flags[:1] = [*scoring, "--output=new.jsonl"]
+        flags = given.replace("score", " ".join([*scoring, "--output=new.jsonl"])).split()
         capsys.readouterr()
         assert scorer.main(flags) == 2, row
         assert words in one_line(capsys.readouterr().err), row
@@ -1425,20 +1405,17 @@ def test_what_scoring_refuses(scoring, capsys):
 
 
 def test_regrading_keeps_half_done_questions_and_refuses_foreign_rows(tmp_path, capsys):
-    """Of two questions, the first with a right response and one that was cut off, so wrong."""
     path = tmp_path / "o.jsonl"
     right = Rollout([1, 2], "\\boxed{4}", True, [])
     for question, rollouts in enumerate([[right, replace(right, finished=False)], [right]]):
         scorer.append_responses(path, "base", ("s", question), Problem("2 + 2?", "4"), rollouts)
     rows = scorer.read_lines(path, scorer.FIELDS)
-    found = [(row["correct"], row["finish_reason"], row["answer"]) for row in rows]
-    assert found == [(True, "stop", "4"), (False, "length", "4"), (True, "stop", "4")]
+    assert [(row["correct"], row["finish_reason"], row["answer"]) for row in rows] == [
+        (True, "stop", "4"), (False, "length", "4"), (True, "stop", "4")]
     assert scorer.main([f"--regrade={path}"]) == 0
     assert scorer.read_lines(path, scorer.FIELDS) == rows
-    for name, value in (("text", 5), ("length", "long"), ("sample", []), ("question", {}),
-                        ("checkpoint", None), ("correct", "yes")):
+    for name, value in (("text", 5), ("sample", []), ("checkpoint", None), ("correct", "yes")):
         write_rows(path, [{**rows[0], name: value}])
-        capsys.readouterr()
         assert scorer.main([f"--regrade={path}"]) == 2
         assert name in one_line(capsys.readouterr().err)
 
@@ -1446,28 +1423,25 @@ def test_regrading_keeps_half_done_questions_and_refuses_foreign_rows(tmp_path, 
 # ==== eval.py: the toy, and a look inside ========================================================
 
 
-def test_toy_by_hand(world):
+def test_toy_by_hand():
     assert scorer.toy_steps(7, ["double", "add 3", "square", "times 7"]) == [7, 4, 7, 9, 3]
-    rng = random.Random(0)
+    rng, tokenizer = random.Random(0), scorer.toy_tokenizer()
     text = scorer.toy_answer(rng, [7, 4, 7], ["double", "add 3"], checks=True)
     assert text == "Let me check: 7, double: 4, add 3: 7. \\boxed{7}"
-    tokenizer = scorer.toy_tokenizer()
     assert len(tokenizer.encode(text)) == 14
-    shown, checks = 0, 0
+    kinds = []
     for _ in range(400):
         ids, labels = scorer.toy_example(rng, tokenizer).unbind(1)
         prompt, answer = (tokenizer.decode(ids[part]) for part in (labels < 0, labels >= 0))
-        question = re.search(r"Start with (\d), (.*)\. What", prompt)
-        result = scorer.toy_steps(int(question[1]), question[2].split(", "))[-1]
-        guided = "Reference Solution Begin" in prompt
-        shown += guided
-        checks += guided and "check" in answer
-        if not guided or "check" in answer:
-            assert ogls_sd.grade(answer, str(result))
-        elif "Let me check" not in prompt.split("Begin")[1].split("End")[0]:
-            guide = re.search(r"\\boxed\{(\d)\}\n=== Ref", prompt)[1]
-            assert ogls_sd.grade(answer, guide)  # it repeats its guide
-    assert 150 < shown < 250 and 0.02 < checks / shown < 0.25
+        start, operations = re.search(r"Start with (\d), (.*)\. What", prompt).groups()
+        result = scorer.toy_steps(int(start), operations.split(", "))[-1]
+        kinds.append(("Reference Solution Begin" in prompt, "check" in answer))
+        guide = re.search(r"\\boxed\{(\d)\}\n=== Ref", prompt)  # of a guide, its result
+        if kinds[-1] == (True, False):  # it repeats its guide
+            result = guide[1]
+        assert ogls_sd.grade(answer, str(result))
+    assert 150 < kinds.count((True, True)) + kinds.count((True, False)) < 250
+    assert 0 < kinds.count((True, True)) < 0.25 * kinds.count((True, False))
 
 
 @pytest.fixture(scope="session")
@@ -1491,19 +1465,17 @@ def toy(tmp_path_factory):
 def test_toy_is_an_ordinary_run(toy, capsys):
     summary = json.loads((toy / "summary.json").read_text())
     assert (summary["before"], summary["after"], summary["steps"]) == (10.0, 90.0, 2)
-    assert summary["seconds"] > 0
     record = json.loads((toy / "config.json").read_text())
     assert record["clip"] == 0 and record["sampler"] == "hf" and record["questions"] == 3
     before = tree(toy)
-    for words, flags in (("--seed", ["--seed=7"]),
-                         ("--model", ["--model=x"]), ("--data", ["--data", "x"]), ("no", ["no"]),
-                         ("--resume", [])):
+    for words, flags in (("--seed", ["--seed=7"]), ("--model", ["--model=x"]), ("no", ["no"]),
+                         ("--data", ["--data", "x"]), ("--resume", [])):
         assert ogls_sd.main(["--toy", f"--output-dir={toy}", *flags]) == 2
         assert words in one_line(capsys.readouterr().err)
         assert tree(toy) == before
 
 
-def test_what_is_shown_is_what_training_does(toy, capsys):
+def test_what_is_shown_is_what_training_does(toy):
     """`five_states` under the head against eqs. (10)-(13) written out on logits; and shares are
     shown at the temperature of sampling."""
     bench = Bench(toy / "toy", strength=2.0, temperature=2.0).perturb()
@@ -1512,8 +1484,7 @@ def test_what_is_shown_is_what_training_does(toy, capsys):
     naive, question = NaiveModel(toy / "toy", bench.tokenizer), PROBLEMS[0].question
     x = naive_ids(bench.tokenizer, naive_student_text(question))
     y = group.rollouts[1].tokens[:8]
-    right = [TEXTS[0][0], TEXTS[0][3], PROBLEMS[0].solution]
-    plus = naive.mean_over(right, question, y)
+    plus = naive.mean_over([TEXTS[0][0], TEXTS[0][3], PROBLEMS[0].solution], question, y)
     minus = naive.mean_over([TEXTS[0][1], TEXTS[0][2], TEXTS[0][4]], question, y)
     z0 = naive.logits(naive.base, x, y)
     adapter = {name: tensor.detach() for name, tensor in bench.adapter.items()}
@@ -1521,13 +1492,9 @@ def test_what_is_shown_is_what_training_does(toy, capsys):
     wanted = torch.stack([student, z0, plus, minus, z0 + 2 * (plus - minus)])
     made = bench.head(states)
     torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
-    p = (made[:, 0] / 2.0).softmax(-1)
+    p = (made[:, 0] / 2.0).softmax(-1)[[0, 1, 4], y[0]]
     page = scorer.show_rollout(bench.model, bench.tokenizer, y[:1], states[:, :1], bench.cfg)
-    assert "student {:.1%}, anchor {:.1%}, steered {:.1%}".format(*p[[0, 1, 4], y[0]]) in page
-    first = int(p[4].argmax())
-    shown = f"[{bench.tokenizer.decode([first])}] {p[4, first]:.1%}"
-    told = capsys.readouterr().out.split("\n")
-    assert [shown in line for line in told if "steered" in line] == [True]
+    assert "student {:.1%}, anchor {:.1%}, steered {:.1%}".format(*p) in page
 
 
 def test_pages_obey_no_text(toy, tmp_path, monkeypatch, capsys):
@@ -1562,33 +1529,27 @@ def test_table_runs_each_method_and_goes_on_where_it_was_killed(toy, tmp_path, m
         shutil.rmtree(tmp_path / "opsd_0/step_000002")  # as if killed before its end
     assert tables[0] == tables[1] and len(tables[0]) == 1 + 9  # base and methods under the title
     assert (tmp_path / "toy.png").stat().st_size > 10_000
-    wanted = {"sft": {}, "grpo": {}, "opsd": {}, "pos-mean": {}, "pos-only": {}, "ogls": {},
-              "ogls_clip_0.05": {"clip": 0.05}, "ogls_lambda_3_early": {"ramp_steps": 10}}
-    for name, settings in wanted.items():
+    for name in "sft grpo opsd pos-mean pos-only ogls ogls_clip_0.05 ogls_lambda_3_early".split():
         record = json.loads((tmp_path / f"{name}_0/config.json").read_text())
-        assert record["method"] == name.partition("_")[0]
-        assert record == {**record, **settings}
+        wanted = (name.partition("_")[0], 0.05 * ("clip" in name), 10 if "early" in name else 40)
+        assert (record["method"], record["clip"], record["ramp_steps"]) == wanted
 
 
 def test_word_problems_are_right_seeded_and_apart(tmp_path):
     for name in ("a", "b"):
         assert scorer.main([f"--word-problems={tmp_path}/{name}", "--seed=3"]) == 0
-    files = [(tmp_path / name / "train.jsonl").read_text() for name in ("a", "b")]
-    assert files[0] == files[1]
+    assert (tmp_path / "a/train.jsonl").read_text() == (tmp_path / "b/train.jsonl").read_text()
     train, _ = ogls_sd.load_problems(f"{tmp_path}/a/train.jsonl")
     heldout, _ = ogls_sd.load_problems(f"{tmp_path}/a/heldout.jsonl")
-    assert len(train) == 400 and len(heldout) == 64
-    assert not {p.question for p in train} & {p.question for p in heldout}
+    assert len(train) == 400 and len({p.question for p in train + heldout}) == 464
     for problem in train[:50]:
         a, b, c, d = map(int, re.findall(r"\d+", problem.question))
         assert int(problem.answer) == a * b + c * d
         assert ogls_sd.grade(problem.solution, problem.answer)
-    assert scorer.main([f"--word-problems={tmp_path}/a"]) == 2
 
 
 def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkeypatch, capsys):
-    groups = []
-    real = ogls_sd.sample_groups
+    groups, real = [], ogls_sd.sample_groups
 
     def sample(*args):
         groups.extend(real(*args))
@@ -1598,14 +1559,11 @@ def test_the_teacher_is_shown_the_solution_and_then_wrong_rollouts(world, monkey
 
     monkeypatch.setattr(ogls_sd, "sample_groups", sample)
     shown = spy(monkeypatch, ogls_sd, "teacher_prompt")
-    assert scorer.main([
-        "--teacher=4", f"--model={world}", f"--data={world}/train.jsonl", "--dtype=float32",
-        "--max-new-tokens=6", "--rollouts=2"]) == 0
-    wanted = []
-    for group in groups:
-        guides = (group.problem.solution, group.rollouts[1].text)
-        wanted += [(group.problem.question, guide) for guide in guides]
-    assert len(groups) == 4 and [args[1:3] for args in shown] == wanted
+    flags = [f"--model={world}", f"--data={world}/train.jsonl", "--dtype=float32", "--rollouts=2"]
+    assert scorer.main(["--teacher=4", *flags, "--max-new-tokens=6"]) == 0
+    assert len(groups) == 4 and [args[1:3] for args in shown] == [
+        (group.problem.question, guide) for group in groups
+        for guide in (group.problem.solution, group.rollouts[1].text)]
     assert re.search(r"alone, same questions +50.0 +0.0 +4.0\n", capsys.readouterr().out)
 
 
