@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from ogls_sd import MARKERS, Problem, UserError, explained, grade, say, write_text
+from ogls_sd import MARKERS, UserError, explained, grade, say, write_text
 from torch import Tensor, nn
 
 # ==== Figures: scores and shares in percent, lengths in tokens ====================================
@@ -166,7 +166,7 @@ def hash_of(folder: Path) -> str:
     return total.hexdigest()
 
 
-def read_adapters(args) -> list[Path]:
+def read_adapters(args) -> list:
     """The folders; args.cfg gets their rank and alpha.  UserError for other than plain LoRA."""
     folders, shapes = [Path(name) for name in args.adapter or []], set()
     others = ["use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save"]
@@ -176,7 +176,7 @@ def read_adapters(args) -> list[Path]:
             used = [name for name in others if config.get(name)]
             if used or config["peft_type"] != "LORA":
                 raise ValueError(f"only plain LoRA is read here, not {used or config['peft_type']}")
-            shapes.add((config["r"], config["lora_alpha"]))
+            shapes.add((int(config["r"]), float(config["lora_alpha"])))
             base = str(config.get("base_model_name_or_path"))
             if Path(base).name != Path(args.cfg.model).name:
                 say(f"note: {folder} was trained on {base}, not on {args.cfg.model}")
@@ -266,7 +266,7 @@ def open_sampler(cfg, tokenizer, eos, gpus: int = 1):
     return ogls.HFSampler(ogls.load_model(cfg).to(device), tokenizer, eos)
 
 
-def sample_missing(sampler, cfg, folder: Path | None, prompts: dict, have: set) -> Iterator:
+def sample_missing(sampler, cfg, adapter, prompts: dict, have: set) -> Iterator:
     """Yields each key that is not in `have`, with its responses.  vLLM takes all together, to wait
     for the longest once; generate the same eight whatever a kill left, as they share a seed."""
     keys, at_once = list(prompts), 8
@@ -278,12 +278,12 @@ def sample_missing(sampler, cfg, folder: Path | None, prompts: dict, have: set) 
         if have.issuperset(batch):
             continue
         seeds = [Random(f"{cfg.seed}/{name}/{i}").getrandbits(31) for name, i in batch]
-        for i, rollouts in sampler.sample([prompts[key] for key in batch], seeds, folder, cfg):
+        for i, rollouts in sampler.sample([prompts[key] for key in batch], seeds, adapter, cfg):
             if batch[i] not in have:
                 yield batch[i], rollouts
 
 
-def append_responses(output: Path, name: str, key: tuple, problem: Problem, rollouts: list):
+def append_responses(output: Path, name: str, key: tuple, problem, rollouts: list):
     """The responses to one question, in one write."""
     lines = ""
     for sample, y in enumerate(rollouts):
@@ -422,7 +422,7 @@ def write_problems(folder: Path, make, rng: Random, train: int, heldout: int):
     write_text(folder / "heldout.jsonl", "".join(lines[train:]))
 
 
-def score_toy(words: list[str], adapter: Path | None) -> dict:
+def score_toy(words: list[str], adapter) -> dict:
     """On the held-out problems: shares in percent, markers per 1,000 tokens, length in tokens."""
     cfg = ogls.parse_args([*words, "--sampler=hf", "--rollouts=8", "--method=ogls"])
     tokenizer, eos = ogls.load_tokenizer(cfg)
@@ -452,7 +452,8 @@ def run_toy(argv: list[str]) -> int:
     if code:
         return code
     last = ogls.checkpoints(out)[-1]
-    before, after = score_toy(words, None), score_toy(words, last)
+    before = score_toy(words, None)
+    after = score_toy(words, last)
     summary = {"before": before["right"], "after": after["right"], "steps": int(last.name[5:]),
                "seconds": time.perf_counter() - began}
     write_text(out / "summary.json", json.dumps(summary))
@@ -505,8 +506,8 @@ ROWS = {
     "ogls_lambda_3_early": ["--ramp-steps=10"]}
 
 
-def draw(runs: dict[str, list[Path]], file: Path):
-    """A curve for each name: the running mean of what its runs logged."""
+def draw(runs: dict, file: Path):
+    """A curve for each name: the running mean of what the folders of its runs logged."""
     curves = {}
     for name, folders in runs.items():
         rows = []
@@ -676,7 +677,7 @@ def show_rollout(model, tokenizer, tokens: list[int], states: Tensor, cfg) -> st
 PAPER = {"data": "aime24,aime25", "thinking": True, "temperature": 1, "top_p": 0.95, "top_k": 0,
          "max_new_tokens": 38912, "vllm_memory": 0.9, "max_prompt_tokens": 1, "distill_tokens": 1,
          "guide_tokens": 1}
-TEACHING = [*SAMPLING, "data", "rollouts", "max_prompt_tokens", "teacher_thinking", "adapter"]
+TEACHING = [*SAMPLING, "data", "rollouts", "max_prompt_tokens", "teacher_thinking"]
 READING = ["strength", "distill_tokens", "guide_tokens", "exclude_self", "kl", "clip"]
 MODES = {  # what runs, and the flags that it uses
     "evaluate": (evaluate, [*SAMPLING, "data", "adapter", "k", "output", "sampler", "vllm_memory",
@@ -684,8 +685,8 @@ MODES = {  # what runs, and the flags that it uses
     "regrade": (regrade, []),
     "plot": (plot, []),
     "toy_table": (toy_table, ["seeds", "steps", "output_dir"]),
-    "teacher": (teacher, TEACHING),
-    "inspect": (inspect, TEACHING + READING),
+    "teacher": (teacher, [*TEACHING, "adapter"]),
+    "inspect": (inspect, [*TEACHING, *READING, "adapter"]),
     "word_problems": (word_problems, ["seed"])}
 
 
@@ -737,8 +738,7 @@ def read_settings(args) -> dict:
         with explained(f"--adapter needs the settings of its run in {file}: {{reason}}"):
             record = json.loads(file.read_text())
             for name in TEACHING + READING:
-                if name in record:
-                    settings[name] = record[name]
+                settings[name] = record[name]
     return settings
 
 

@@ -1301,7 +1301,7 @@ def test_pass_at_k_and_majority():
 
 def test_score_by_hand():
     rows = [response(0, 0, "1", True), response(0, 1, "1", True),       # m_0 = 100
-            response(1, 0, "2", False), response(1, 1, "1", True),      # m_1 = 50
+            response(1, 0, "2", False, "length"), response(1, 1, "1", True),  # m_1 = 50
             response(2, 0, None, False), response(2, 1, "1", False, finish="length"),  # m_2 = 0
             response(3, 0, "3", False), response(3, 1, "2", False, length=30, text="no Hold on")]
     better = [{**row, "checkpoint": "step", "correct": True} for row in rows]
@@ -1309,13 +1309,13 @@ def test_score_by_hand():
     base, step = scorer.score([*rows, half_done, *better]).to_dict("records")
     # s.e.: squares of 62.5, 12.5, -37.5, -37.5 add up to 6875; / (4 * 3), root
     wanted = {"set": "s", "checkpoint": "base", "questions": 4, "mean@k": 37.5, "pass@1": 37.5,
-              "pass@2": 50, "maj@2": (100 + 50 + 0 + 0) / 4, "cut off": 12.5, "no box": 12.5,
+              "pass@2": 50, "maj@2": (100 + 100 + 0 + 0) / 4, "cut off": 25, "no box": 12.5,
               "length": 100 / 8, "markers": 1000 * 8 / 100, "s.e.": (6875 / 12) ** 0.5}
     assert {name: base[name] for name in wanted} == pytest.approx(wanted)
     assert math.isnan(base["vs base"])
     assert step["vs base"] == (0 + 50 + 100 + 100) / 4 and step["95% low"] > 0
-    gap = scorer.paired_difference(pd.Series([100.0, 0.0]))  # means 0, 50, 100 in 1 : 2 : 1
-    assert gap == {"vs base": 50, "95% low": 0, "95% high": 100}
+    gap = scorer.paired_difference(pd.Series(range(100)))  # a standard error of 2.89
+    assert gap == pytest.approx({"vs base": 49.5, "95% low": 43.8, "95% high": 55.2}, abs=0.3)
 
 
 # ==== eval.py: files that survive, flags that are refused ========================================
