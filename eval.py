@@ -239,12 +239,13 @@ def evaluate(args):
     output.touch()
     with ogls.locked(output):
         keep_settings(output, settings)
+        rows = read_lines(output, FIELDS)
         with open(output, "r+b") as file:  # a kill can leave a question half written
             lines = file.read().split(b"\n")
             whole = (len(lines) - 1) // cfg.rollouts * cfg.rollouts
             file.truncate(sum(len(line) + 1 for line in lines[:whole]))
         sampler, done = None, {}
-        for row in read_lines(output, FIELDS):
+        for row in rows[:whole]:
             done.setdefault(row["checkpoint"], set()).add((row["set"], row["question"]))
         for checkpoint in [None, *adapters]:
             name = str(checkpoint or "base")
@@ -602,8 +603,7 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Steered target
 <style>body { font: 16px/2 monospace; white-space: pre-wrap; max-width: 1000px; margin: 2em auto }
 span { border-bottom: 1px dotted #999 }</style><h1>Inside the steered target</h1>The student wrote
 these wrong rollouts.  Blue tokens are those that the steered teacher finds likelier than the
-student does, orange ones less likely: there training pulls the student.  Point at a token for
-its figures: of the student, of the teacher alone (anchor), and steered by lambda Delta."""
+student does, orange ones less likely: there training pulls.  Point at one for its figures."""
 
 
 def inspect(args):
