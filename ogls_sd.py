@@ -408,7 +408,7 @@ def read_rows(source: str, prefer: str) -> list:
     return splits[split].to_list()
 
 
-def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], int]:
+def load_problems(source: str, prefer: str = "train") -> tuple:
     """Problems of a local file or a hub set, and how many rows could not be used.  UserError."""
     with explained(f"cannot read --data {source}: {{reason}}; give a file or a set within reach"):
         rows = read_rows(source, prefer)
@@ -453,18 +453,18 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: int):
         super().__init__()
-        bound = base.in_features**-0.5
         self.base = base
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # 0: begins as the base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)  # begins as the base
         self.scale = alpha / rank
         self.switched_on = True
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
         out = self.base(x)
         if self.switched_on:
-            inner = F.linear(x, self.lora_A.to(x.dtype))  # (B, L, rank)
-            out = out + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
+            inner = F.linear(x, self.lora_A.weight.to(x.dtype))  # (B, L, rank)
+            out = out + self.scale * F.linear(inner, self.lora_B.weight.to(x.dtype))
         return out
 
 
@@ -478,7 +478,7 @@ def add_lora(model, rank: int, alpha: int, seed: int):
             setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha))
 
 
-def lora_layers(model) -> dict[str, LoRALinear]:
+def lora_layers(model) -> dict:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
@@ -489,12 +489,9 @@ def use_adapter(model, on: bool):
 
 
 def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """All that is trained, under PEFT's names."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (rank, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, rank)
-    return tensors
+    """All that is trained, A (rank, in) and B (out, rank), under PEFT's names."""
+    named = model.named_parameters()
+    return {f"base_model.model.{name}": tensor for name, tensor in named if tensor.requires_grad}
 
 
 def save_adapter(model, folder: Path, cfg):
@@ -934,7 +931,7 @@ def log_step(out: Path, metrics: dict, group: Group, tokenizer):
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders step_NNNNNN, oldest first; nothing else in a run's folder is a checkpoint."""
-    return sorted(path for path in out.glob("step_*") if re.fullmatch(r"step_\d{6}", path.name))
+    return sorted(out.glob("step_" + 6 * "[0-9]"))
 
 
 def save(out: Path, step: int, model, optimizer, run: str, cfg):
