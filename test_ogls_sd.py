@@ -1470,8 +1470,8 @@ def test_toy_is_an_ordinary_run(toy, capsys):
     record = json.loads((toy / "config.json").read_text())
     assert record["clip"] == 0 and record["sampler"] == "hf" and record["questions"] == 3
     before = tree(toy)
-    for words, flags in (("--seed", ["--seed=7"]), ("--model", ["--model=x"]), ("no", ["no"]),
-                         ("--data", ["--data", "x"]), ("--resume", [])):
+    for words, flags in (("--seed", ["--seed=7"]), ("own model", ["--model=x"]), ("no", ["no"]),
+                         ("own model", ["--data", "x"]), ("--resume", [])):
         assert ogls_sd.main(["--toy", f"--output-dir={toy}", *flags]) == 2
         assert words in one_line(capsys.readouterr().err)
         assert tree(toy) == before
