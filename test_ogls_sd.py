@@ -522,11 +522,11 @@ e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
 \sum_{k=1}^n k = \frac{n(n+1)}{2} ~ \frac{n^2+n}{2} ~ 3^4 = 81 ~ 81 ~ x = 9+9+3 = 21 ~ 21
 \angle XYZ = 35^\circ ~ 35 ~ x=\frac18\approx0.1 ~ \frac18 ~ \text{Yes, one may} ~ Yes
 u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
-31cm ~ 31 ~ 8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.}
+31cm ~ 31 ~ 8 \text{ m/s} \text{ and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.}
 5:8 ~ \frac58 ~ x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
 \mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta
 \operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6
-**41** ~ 41 ~ x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
+x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
 \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
 \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
