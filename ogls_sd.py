@@ -1256,7 +1256,7 @@ def main(argv: list[str]) -> int:
 MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000  # of an answer, a list, an exact number
 DIGITS, LARGEST, ROUNDING = 200, 1e60, 1e-120  # of numbers that are not exact
 LOCK = threading.Lock()  # sympy sets mpmath's global precision while it evaluates a function
-GROUP = r"(\w|\{(?:[^{}]|\{[^{}]*\})*\})"
+GROUP = r"(\w|\{(?:[^{}]|\{[^{}]*\})*\})"  # a letter, a digit or {...}
 UNIT = (r"\\text \{(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|[mb]illion|dozen|is|are|has|not|or|more|"
         r"less|left|right|loss|profit|bc|ad|(?:con|di)verges)|[ieNS])\b)[^{}\d]*(?:\^?[23]\s*)?\}")
 
@@ -1266,14 +1266,14 @@ def name(match: re.Match) -> str:
     return " ⟨" + re.sub(r"\\text \{|[},;.]", "", match[0]).strip().lower() + "⟩ "
 
 
-# In this order; many with an example of what they are for.
+# In this order: a pattern and what it becomes, with an example where it helps.
 RULES = {
     r"(?<=\d)(?:(?:\{,\}|,\s*\\!)\s*|\\,|[,\s](?!.*[(\[)\]]))(?=\d{3}(?!\d))": "",  # 12,345
     r"\\\\|;|\\cup\b|∪|\\(?:begin|end)\s*\{cases\}": " , ",
-    r"\\[a-zA-Z]+": r"\g<0> ",  # from here on a command ends in a space
+    r"\\\{\s*\\\}": "∅", r"\\[a-zA-Z]+": r"\g<0> ",  # now every command ends in a space
     r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|c?tg|ln|lo?g|exp|sqrt|pi)(?![a-zA-Z])": r"\\\1 ",
     r"\\(?:left|right|displaystyle|limits|q?quad|[bB]igg?[lr]?|[lr]brace|boxed) ": " ",
-    r"\\color \{\w+\}|\\?[$€£]|~|\\[\[(,:;! )\]{}]": " ",
+    r"\\color \{\w+\}|\\?[$€£]|~|\\[\[(,:;! )\]{}]|\s+": " ",
     r"\\leq?(?:slant)? |<=": "≤", r"\\geq?(?:slant)? |>=": "≥", r"\\neq? |(?<![\d)}])!=": "≠",
     r"\\lt ": "<", r"\\gt ": ">", r"\\in |∈": "=", r"\\approx ": "≈", r"\\pm ": "±", "[−–—]": "-",
     r"\\(?:cdot|times) |[×·⋅]": "*", r"\\div |[÷⁄]": "/", "√": r"\\sqrt ", r"\\[lr]?vert ": "|",
@@ -1281,41 +1281,41 @@ RULES = {
     "&": ":", r"\\%": "%", r"\\[dtc](frac|binom)": r"\\\1", r"\\(?:emptyset|varnothing) ": "∅",
     r"^[\s=,]+|[\s.,;]+$": "", r"([\^_])\s*\{\s*(\w)\s*\}": r"\1\2 ",  # x^{n}
     r"(?:,\s*)?\\(begin|end) \{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?": r" \\\1 ",
-    r"\{([^{}]+?)\\choose ([^{}]+?)\}": r"\\binom {\1}{\2}",
-    r"(?<![\\\w])C_" + GROUP + r"\s*\^\s*" + GROUP: r"\\binom {\1}{\2}",
+    r"\{([^{}]+?)\\choose ([^{}]+?)\}": r"\\binom {\1}{\2}",  # {n \choose k}
+    r"(?<![\\\w])C_" + GROUP + r"\s*\^\s*" + GROUP: r"\\binom {\1}{\2}",  # C_n^k
     r"\\(?:math(?:bf|bb|cal|it)|boldsymbol|vec) \s*(?:\{([^{}]*)\}|(\w))": r" \1\2 ",
     r"\{\\(?:rm|bf|it)|\\(?:text[a-z]*|mathrm|mbox|operatorname) \*?\s*\{": r"\\text {",
     r"\\text \{\s*([-+]?[\d\\(][^{}]*|[A-J]\W[^{}]*|)\}": r" \1 ",  # \text{12 cm}
     r"^\s*(?:\\text \{\s*)?(?i:(yes|no))\s*[,.].*$": r"\\text {\1}",  # Yes, one can
-    r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|\\text \{[^{}]*:\s*\}(?=\s*\S)": "",
+    r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|\\text \{[^{}]*:\s*\}(?=\s*\S)": "",  # Area: 5
     r"(?:,\s*)?(?:\\text \{\s*)?\b(?:and|or)\b(?:\s*\}|(?=\s*(?:[-\d\\({]|\w\b)))": " , ",
-    r"(?<=\d)\s*((?:[ckm]m|kg|[一-鿿]|(?<= )[a-z]{3,})(?:[/ ][a-z]+)*)(?![\w({])": r"\\text {\1}",
+    r"(?<=\d)\s*((?:[ckm]m|kg|men|pct|[a-z]{4,}|[一-鿿])(?:[/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
     r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^[23])?)+": " ",  # 5 \text{ cm}^2
-    r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ",
+    r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ",  # \text{B}
     r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o)\b|^[a-z]{3}$": name,
     r"⟨no (?:real )?solutions?⟩": "∅", r"⟨all real numbers⟩|(?<![^ =])R\s*$": "(-∞,∞)",
     r"(\d*\.\d*)\\overline \{?(\d)\}?(?!\d)": r"(\g<1>0+(\1\2-\g<1>0)/.9)",  # 0.1666...
     r"(\d*\.\d*)\\overline \{(\d\d)\}": r"(\g<1>0+(\1\2-\g<1>0)/.99)",
     r"(?<=\S)\s*≈.*$|\\p?mod .*$": "",  # x = 1/4 ≈ 0.3
-    r"\\(?:angle|widehat) \{?\s*([A-Z]+)\s*\}?": r"⟨∠\1⟩",
+    r"\\(?:angle|widehat) \{?\s*([A-Z]+)\s*\}?": r"⟨∠\1⟩",  # \angle ABC
     r"\\exp ": "e^", r"\\tg ": r"\\tan ", r"\\ctg ": r"\\cot ", r"\\arc": r"\\a",
-    r"\\(sin|cos|tan) \^\s*\{\s*-\s*1\s*\}": r"\\a\1 ",
+    r"\\(sin|cos|tan) \^\s*\{\s*-\s*1\s*\}": r"\\a\1 ",  # \sin^{-1} x
     r"\\lfloor (.+?)\\rfloor ?": r"\\asinh(\1)",  # nobody writes asinh
     r"^\|(\w)\|\s*([<≤])\s*(\w+)$": r"-\3 \2 \1 \2 \3",  # |x| < 3
     r"\|([^|]+)\|": r"\\Abs(\1)", r"^\](.*,.*)\[$": r"(\1)",  # |x| and ]0, 1[
-    r"\\sqrt \[([3579])\]\s*\{-(\w+)\}": r"-\\sqrt [\1]{\2}",
-    r"\\sqrt \[([^\]]+)\]\s*" + GROUP: r"{\2}^{1/(\1)}",
-    r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?": "°",
+    r"\\sqrt \[([3579])\]\s*\{-(\w+)\}": r"-\\sqrt [\1]{\2}",  # \sqrt[3]{-8}
+    r"\\sqrt \[([^\]]+)\]\s*" + GROUP: r"{\2}^{1/(\1)}",  # \sqrt[3]{x}
+    r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?": "°",  # 30^{\circ}
     r"(\\(?:sin|cos|tan|cot|sec|csc) )\^\s*(\w)\s*(\\?\w+|\([^()]*\))": r"(\1\3)^\2",  # \sin^2 x
     r"\\log\s*_\s*" + GROUP: r"\\product {1/\\ln \1}\\ln ",  # \log_2 x
     r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ",
-    r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}",
-    r"(?<![\d.}_^])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\}|(?<=\s)\d+\s*/\s*\d+)": r"(\1+\2)",
+    r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}",  # \frac12
+    r"(?<![\d.}_^])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\}|(?<=\s)\d+\s*/\s*\d+)": r"(\1+\2)",  # 1 2/3
     r"(?<!\([A-J])(?<!^[A-J])\)\s*(?=\d)": ")*",  # (n - 1) 2^n
     r"^([^±]*)±([^±]*)±([^±]*)$": r"\1+\2+\3,\1-\2-\3", r"^([^±]*)±([^±]*)$": r"\1+\2,\1-\2",
 }
 TOKEN = (r"⟨[^⟩]*⟩|[fg] ?\([^()]*\)|[A-Z] ?\(\w+\)|(?:\d+|\w)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|"
-         r"\d*\.?\d+(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")
+         r"\d*\.?\d+(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")  # name, f(x), x_1, command, number, sign
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "°": sympy.pi / 180, "%": sympy.S(1) / 100}
 NAMES = ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan",
          "asinh", "ln", "sqrt", "Abs"]
@@ -1324,7 +1324,7 @@ OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": symp
               "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
 TWO_GROUPS = {r"\frac": "/", r"\binom": r"\binom", r"\product": "*"}
 INTERVALS = {"<<": "( {} , {} )", "<≤": "( {} , {} ]", "≤<": "[ {} , {} )", "≤≤": "[ {} , {} ]"}
-AFTER = r"[\d.⟨)\]}]|\\end"  # what ends an expression: a bracket; 5 million is an error
+AFTER = r"[\d.⟨)\]}]|\\end"  # a bracket ends a value, and after 5 in 5 million reading stops
 OPENING, CLOSING = ("(", "[", "{", r"\begin"), (")", "]", "}", r"\end")
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
 SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(5)
@@ -1341,11 +1341,11 @@ def tidy(text: str) -> str:
         raise ValueError("too long")
     for pattern, new in RULES.items():
         text = re.sub(pattern, new, text)
-    return " ".join(re.sub(r"\s", "", token) for token in re.findall(TOKEN, text))
+    return " ".join(token.replace(" ", "") for token in re.findall(TOKEN, text))
 
 
 def shape(text: str) -> tuple[str, list[str]]:
-    """Kind and parts: ",," a list, "()" a tuple, "<≤" 1 < x ≤ 2, ":" a ratio, "" none of these."""
+    """Kind and parts: ",," a list, "(,)" a tuple, "<≤" 1 < x ≤ 2, ":" a ratio, "" none of these."""
     for signs in (",", "=≠<≤>≥", ":"):
         kind, parts, depth = "", [""], 0
         for token in text.split(" "):
@@ -1362,15 +1362,15 @@ def shape(text: str) -> tuple[str, list[str]]:
     inside = re.fullmatch(r"(\(|\[|\{|\\begin) (.*) (\)|\]|\}|\\end)", text)
     if inside:
         kind, parts = shape(inside[2])
-        if kind[:1] == "," and inside[1] != "{":
-            kind = inside[1] + inside[3]
+        if inside[1] == r"\begin" or kind[:1] == "," and inside[1] != "{":
+            kind = inside[1] + kind[:1] + inside[3]
     return kind, parts if kind else [text]
 
 
 def asked(left: str) -> bool:
     """May this left side of an equation be a name for what was asked, so not 2x, x^2 or x - 1?"""
     series = re.match(r"\\(?:sum|lim|int|prod|max|min)\b|.*…", left)
-    formula = re.match(r"\d|- |[a-z]\S* \^|.*/ \d[^)]*$|\\frac .* (?:\d+|\{ \d+ \})$", left)
+    formula = re.match(r"\d|- |[a-z]\S* \^|.*/ \d[^)]*$|\\frac (?:\{ .* \} )?\{? ?\d", left)
     outside = re.sub(r"[({[] [^(){}[\]]* [)}\]]", "", left)  # what is not in brackets
     return bool(series) or not (formula or re.search(" [+-] ", outside))
 
@@ -1448,10 +1448,10 @@ def first_part(rest: list[str], level: int) -> tuple:
         return apply(TWO_GROUPS[token], expression(rest), expression(rest))
     if token in CONSTANTS:
         return (CONSTANTS[token],) * 6
-    if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", token, re.I):
+    if re.fullmatch(r"(?i)[\d.]+(e[+-]?\d+)?", token):
         return (sympy.Rational(token),) * 6
     if not re.match(r"[^\W_]|[…∞∅⟨]", token):  # a Greek letter, else an error; Unicode spells lamda
-        greek = token[1:].removeprefix("var").replace("lambda", "lamda")
+        greek = token[1:].removeprefix("var").replace("ambda", "amda")
         token = unicodedata.lookup(f"GREEK SMALL LETTER {greek}") + token[1]
     rng = random.Random(token)
     signs = rng.sample([1, -1] * 3, 6)
@@ -1461,14 +1461,14 @@ def first_part(rest: list[str], level: int) -> tuple:
 def same(a: str, b: str) -> bool:
     """Equality of two tidy texts by the conventions at the top; an error if one is unreadable."""
     (kind, xs), (other, ys) = shape(a), shape(b)
-    if kind[:1] == other[:1] == "," and len(xs) + len(ys) < 2 * MAX_ITEMS:
+    if kind[:1] == other[:1] == "," and len(xs + ys) < 2 * MAX_ITEMS:
         matches = [[same(x, y) for y in ys] for x in xs]
         return all(map(any, matches)) and all(map(any, zip(*matches)))
     if kind != other:
         bare, other_bare = unwrap(a), unwrap(b)
         return (bare, other_bare) != (a, b) and same(bare, other_bare)
     if not kind:
-        bare = [re.sub(" [%°]$", "", text) for text in (a, b)]  # 28 \% is 28 as well
+        bare = [re.sub(r"^([^a-z]*|\\frac .*) [%°]$", r"\1", text) for text in (a, b)]  # 28 \%
         return not any(apply("-", read(a), read(b))) or not any(apply("-", *map(read, bare)))
     if kind in ("=", "<", "≤") and not all(map(same, xs, ys)):
         ratios = read(f"( {xs[0]} - ( {xs[1]} ) ) / ( {ys[0]} - ( {ys[1]} ) )")
@@ -1490,7 +1490,7 @@ def extract_boxed(text: str) -> str | None:
     for _ in range(20):  # braces in braces; *+ gives nothing back, so the time is linear
         inside = r"(?:[^{}\\]|\\.|\{" + inside + r"\})*+"
     text = re.sub(r"\\boxed\s+(-?[\d.,/]*\d)", r"\\boxed{\1}", text)  # \boxed 58
-    boxes = re.findall(r"\\f?box(?:ed)?\s*\{(?!\s*\})(" + inside + r")\}", text, re.DOTALL)
+    boxes = re.findall(r"(?s)\\f?box(?:ed)?\s*\{(?!\s*\})(" + inside + r")\}", text)
     return boxes[-1].strip() if boxes else None
 
 
