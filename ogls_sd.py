@@ -1288,14 +1288,14 @@ RULES = {
     r"\\text \{\s*([-+]?[\d\\(][^{}]*|[A-J]\W[^{}]*|)\}": r" \1 ",  # \text{12 cm}
     r"^\s*(?:\\text \{\s*)?(?i:(yes|no))\s*[,.].*$": r"\\text {\1}",  # Yes, one can
     r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|\\text \{[^{}]*:\s*\}(?=\s*\S)": "",  # Area: 5
+    r"\\text \{([^{}]*\w),? +(?:and|or) *\}": r"\\text {\1} , ",  # \text{cm and }
     r"(?:,\s*)?(?:\\text \{\s*)?\b(?:and|or)\b(?:\s*\}|(?=\s*(?:[-\d\\({]|\w\b)))": " , ",
     r"(?<=\d)\s*((?:[ckm]m|kg|men|pct|[a-z]{4,}|[一-鿿])(?:[/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
     r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^[23])?)+": " ",  # 5 \text{ cm}^2
     r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ",  # \text{B}
     r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o)\b|^[a-z]{3}$": name,
     r"⟨no (?:real )?solutions?⟩": "∅", r"⟨all real numbers⟩|(?<![^ =])R\s*$": "(-∞,∞)",
-    r"(\d*\.\d*)\\overline \{?(\d)\}?(?!\d)": r"(\g<1>0+(\1\2-\g<1>0)/.9)",  # 0.1666...
-    r"(\d*\.\d*)\\overline \{(\d\d)\}": r"(\g<1>0+(\1\2-\g<1>0)/.99)",
+    r"(\d+\.\d*)\\overline \{?(\d+)\}?": r"(\1+(\1\2-\1)^2/(2*\1\2-\1-\1\2\2))",  # 0.1666...
     r"(?<=\S)\s*≈.*$|\\p?mod .*$": "",  # x = 1/4 ≈ 0.3
     r"\\(?:angle|widehat) \{?\s*([A-Z]+)\s*\}?": r"⟨∠\1⟩",  # \angle ABC
     r"\\exp ": "e^", r"\\tg ": r"\\tan ", r"\\ctg ": r"\\cot ", r"\\arc": r"\\a",
@@ -1315,7 +1315,7 @@ RULES = {
     r"^([^±]*)±([^±]*)±([^±]*)$": r"\1+\2+\3,\1-\2-\3", r"^([^±]*)±([^±]*)$": r"\1+\2,\1-\2",
 }
 TOKEN = (r"⟨[^⟩]*⟩|[fg] ?\([^()]*\)|[A-Z] ?\(\w+\)|(?:\d+|\w)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|"
-         r"\d*\.?\d+(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")  # name, f(x), x_1, command, number, sign
+         r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")  # ⟨odd⟩, f(x), x_1, \pi, 0.5, +
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "°": sympy.pi / 180, "%": sympy.S(1) / 100}
 NAMES = ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan",
          "asinh", "ln", "sqrt", "Abs"]
@@ -1391,7 +1391,7 @@ def unwrap(text: str) -> str:
     return text
 
 
-@lru_cache(1000)  # a constant is the same at every sample point
+@lru_cache(10_000)  # a constant is the same at every sample point
 def compute(sign: str, *args: sympy.Expr) -> sympy.Expr:
     """Exact if its size, known beforehand, allows; else to DIGITS digits; an error if undefined."""
     if all(x.is_Rational for x in args):

@@ -522,11 +522,11 @@ e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
 \sum_{k=1}^n k = \frac{n(n+1)}{2} ~ \frac{n^2+n}{2} ~ 3^4 = 81 ~ 81 ~ x = 9+9+3 = 21 ~ 21
 \angle XYZ = 35^\circ ~ 35 ~ x=\frac18\approx0.1 ~ \frac18 ~ \text{Yes, one may} ~ Yes
 u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
-31cm ~ 31 ~ 8 \text{ m/s} \text{ and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.}
+31cm ~ 31 ~ 8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.}
 5:8 ~ \frac58 ~ x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
 \mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta
 \operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6
-x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
+0.\overline{142857} ~ \frac17 ~ x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
 \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
 \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
@@ -537,7 +537,7 @@ C_n^2 ~ \binom{n}{2} ~ \left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfl
 """
 DIFFERENT = r"""
 (n-3) 2^{n}+5 ~ (n-3)2n+5 ~ \text{(A) } 7, \text{(B) } 8 ~ \text{(A) } 8, \text{(B) } 7
-A. 7, B. 8 ~ A. 8, B. 7
+A. 7, B. 8 ~ A. 8, B. 7 ~ A:B = 1:2 ~ A:B = 2:1 ~ 2xyz ~ 2 ~ 2**5 ~ 25
 0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
 50 ~ 0.5                ~ 50\% ~ 5                  ~ 1\frac45 ~ \frac45
 (1,2) ~ (2,1)           ~ (1,2) ~ [1,2]             ~ \{1,2\} ~ (1,2)
@@ -557,7 +557,7 @@ A. 7, B. 8 ~ A. 8, B. 7
 |t| < 4 ~ (-\infty, 4) ~ \sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5
 x = 3, y = 8 ~ (8, 3) ~ \angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor
 J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345 ~ Tim ~ Tmi
-4 \text{ left} ~ 4 \text{ right}
+4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3 ~ \begin{pmatrix}1&2\end{pmatrix} ~ \frac12
 (b_n) \text{ converges} ~ (b_n) \text{ diverges} ~ 90 \text{ BC} ~ 90 \text{ AD}
 \begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix}
 20:45 ~ 20.45 ~ PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\}
