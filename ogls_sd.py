@@ -1257,7 +1257,7 @@ MAX_CHARS, MAX_ITEMS, MAX_BITS = 300, 20, 100_000  # of an answer, a list, an ex
 DIGITS, LARGEST, ROUNDING = 200, 1e60, 1e-120  # of numbers that are not exact
 LOCK = threading.Lock()  # sympy sets mpmath's global precision while it evaluates a function
 GROUP = r"(\w|\{(?:[^{}]|\{[^{}]*\})*\})"  # a letter, a digit or {...}
-UNIT = (r"\\text \{(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|[mb]illion|dozen|is|are|has|not|or|more|"
+UNIT = (r"\\text \{(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|\w*illion|dozen|is|are|has|not|or|more|"
         r"less|left|right|loss|profit|bc|ad|(?:con|di)verges)|[ieNS])\b)[^{}\d]*(?:\^?[23]\s*)?\}")
 
 
@@ -1294,9 +1294,9 @@ RULES = {
     r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^[23])?)+": " ",  # 5 \text{ cm}^2
     r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ",  # \text{B}
     r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o)\b|^[a-z]{3}$": name,
-    r"⟨no (?:real )?solutions?⟩": "∅", r"⟨all real numbers⟩|(?<![^ =])R\s*$": "(-∞,∞)",
+    r"⟨no (?:real )?solutions?⟩": "∅", r"⟨all real numbers⟩|(?:^|(?<==))\s*R\s*$": "(-∞,∞)",
     r"(\d+\.\d*)\\overline \{?(\d+)\}?": r"(\1+(\1\2-\1)^2/(2*\1\2-\1-\1\2\2))",  # 0.1666...
-    r"(?<=\S)\s*≈.*$|\\p?mod .*$": "",  # x = 1/4 ≈ 0.3
+    r"^([^≈]*=[^≈]*|(?:[-\d(π]|\\frac|\\sqrt|\\l)[^≈]*)≈.*$|\\p?mod .*$": r"\1",  # x = 1/4 ≈ 0.3
     r"\\(?:angle|widehat) \{?\s*([A-Z]+)\s*\}?": r"⟨∠\1⟩",  # \angle ABC
     r"\\exp ": "e^", r"\\tg ": r"\\tan ", r"\\ctg ": r"\\cot ", r"\\arc": r"\\a",
     r"\\(sin|cos|tan) \^\s*\{\s*-\s*1\s*\}": r"\\a\1 ",  # \sin^{-1} x
@@ -1370,7 +1370,7 @@ def shape(text: str) -> tuple[str, list[str]]:
 def asked(left: str) -> bool:
     """May this left side of an equation be a name for what was asked, so not 2x, x^2 or x - 1?"""
     series = re.match(r"\\(?:sum|lim|int|prod|max|min)\b|.*…", left)
-    formula = re.match(r"\d|- |[a-z]\S* \^|.*/ \d[^)]*$|\\frac (?:\{ .* \} )?\{? ?\d", left)
+    formula = re.match(r"\d|- |[a-z]\S* \^|\\sqrt|.*/ \d[^)]*$|\\frac (?:\{ .* \} )?\{? ?\d", left)
     outside = re.sub(r"[({[] [^(){}[\]]* [)}\]]", "", left)  # what is not in brackets
     return bool(series) or not (formula or re.search(" [+-] ", outside))
 
