@@ -1271,7 +1271,7 @@ RULES = {
     r"(?<=\d)(?:(?:\{,\}|,\s*\\!)\s*|\\,|[,\s](?!.*[(\[)\]]))(?=\d{3}(?!\d))": "",  # 12,345
     r"\\\\|;|\\cup\b|∪|\\(?:begin|end)\s*\{cases\}": " , ",
     r"\\\{\s*\\\}": "∅", r"\\[a-zA-Z]+": r"\g<0> ",  # now every command ends in a space
-    r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|c?tg|ln|lo?g|exp|sqrt|pi)(?![a-zA-Z])": r"\\\1 ",
+    r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)h?|c?tg|cot|ln|lo?g|exp|sqrt|pi)(?![a-z])": r"\\\1 ",
     r"\\(?:left|right|displaystyle|limits|q?quad|[bB]igg?[lr]?|[lr]brace|boxed) ": " ",
     r"\\color \{\w+\}|\\?[$€£]|~|\\[\[(,:;! )\]{}]|\s+": " ",
     r"\\leq?(?:slant)? |<=": "≤", r"\\geq?(?:slant)? |>=": "≥", r"\\neq? |(?<![\d)}])!=": "≠",
@@ -1314,7 +1314,7 @@ RULES = {
     r"(?<!\([A-J])(?<!^[A-J])\)\s*(?=\d)": ")*",  # (n - 1) 2^n
     r"^([^±]*)±([^±]*)±([^±]*)$": r"\1+\2+\3,\1-\2-\3", r"^([^±]*)±([^±]*)$": r"\1+\2,\1-\2",
 }
-TOKEN = (r"⟨[^⟩]*⟩|[fg] ?\([^()]*\)|[A-Z] ?\(\w+\)|(?:\d+|\w)_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|"
+TOKEN = (r"⟨[^⟩]*⟩|[fg] ?\([^()]*\)|[A-Z] ?\(\w+\)|(?:\d+|\w|\\\w+ )_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|"
          r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")  # ⟨odd⟩, f(x), x_1, \pi, 0.5, +
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "°": sympy.pi / 180, "%": sympy.S(1) / 100}
 NAMES = ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan",
@@ -1369,7 +1369,7 @@ def shape(text: str) -> tuple[str, list[str]]:
 
 def asked(left: str) -> bool:
     """May this left side of an equation be a name for what was asked, so not 2x, x^2 or x - 1?"""
-    series = re.match(r"\\(?:sum|lim|int|prod|max|min)\b|.*…", left)
+    series = re.match(r"\\(?:sum|lim|int|prod|max|min)(?![a-z])|.*…", left)
     formula = re.match(r"\d|- |[a-z]\S* \^|\\sqrt|.*/ \d[^)]*$|\\frac (?:\{ .* \} )?\{? ?\d", left)
     outside = re.sub(r"[({[] [^(){}[\]]* [)}\]]", "", left)  # what is not in brackets
     return bool(series) or not (formula or re.search(" [+-] ", outside))
@@ -1450,9 +1450,9 @@ def first_part(rest: list[str], level: int) -> tuple:
         return (CONSTANTS[token],) * 6
     if re.fullmatch(r"(?i)[\d.]+(e[+-]?\d+)?", token):
         return (sympy.Rational(token),) * 6
-    if not re.match(r"[^\W_]|[…∞∅⟨]", token):  # a Greek letter, else an error; Unicode spells lamda
-        greek = token[1:].removeprefix("var").replace("ambda", "amda")
-        token = unicodedata.lookup(f"GREEK SMALL LETTER {greek}") + token[1]
+    if not re.match(r"[^\W_]|[…∞∅⟨]|\\(?:hbar|ell)", token):  # a Greek letter, else an error
+        greek = re.sub(r"\\(?:var)?|_.*", "", token).replace("ambda", "amda")  # in Unicode's words
+        unicodedata.lookup(f"GREEK SMALL LETTER {greek}")
     rng = random.Random(token)
     signs = rng.sample([1, -1] * 3, 6)
     return tuple(sympy.Rational(sign * rng.randint(400, 1400), 500) for sign in signs)
