@@ -1245,9 +1245,9 @@ def main(argv: list[str]) -> int:
 
 
 # ==== 7. Checker: an appendix with a door =========================================================
-# Stop here if grade(response, gold) -> bool, r_j of eq. (5), is all you need.  Nothing is executed.
-# A letter stands for six fixed numbers, three of each sign, and sympy computes with them, exactly
-# where they are rational; what cannot be read is equal as text only.  Conventions, all with tests:
+# Stop here if grade(response, gold) -> bool, r_j of eq. (5), is all you need.  `tidy` spells an
+# answer in one way, `shape` splits it, `read` computes the parts, and nothing is executed: a letter
+# is six fixed numbers, three of each sign.  What is unreadable is equal as text only.  Conventions:
 # - 1/3 is not 0.3333; 28 \% is 28 or 0.28; 12,345 is one number; 1\frac45 is 9/5; 1 \pm 2 is a list
 # - lists, sets and unions have no order, tuples, ratios and matrices have one; 3:4 is 3/4
 # - 1 < x < 2 is (1, 2), and (1, 2) is not [1, 2]; x = 5 is 5, but not y = 5, nor is 2x = 5 one
@@ -1324,7 +1324,7 @@ OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": symp
               "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
 TWO_GROUPS = {r"\frac": "/", r"\binom": r"\binom", r"\product": "*"}
 INTERVALS = {"<<": "( {} , {} )", "<≤": "( {} , {} ]", "≤<": "[ {} , {} )", "≤≤": "[ {} , {} ]"}
-AFTER = r"[\d.⟨)\]}]|\\end"  # a bracket ends a value, and after 5 in 5 million reading stops
+AFTER = r"[\d.⟨)\]}]|\\end"  # no factors: brackets that close, and the last of 5 million or 2 3
 OPENING, CLOSING = ("(", "[", "{", r"\begin"), (")", "]", "}", r"\end")
 # How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
 SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(5)
@@ -1338,7 +1338,7 @@ def tidy(text: str) -> str:
     text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text)
     text = unicodedata.normalize("NFKC", re.sub("[₀-₉]+", r"_{\g<0>}", text))
     if len(text) > MAX_CHARS or len(re.findall("l(?:n|o?g)", text)) > 9:  # ln(i) takes 10 ms
-        raise ValueError("too long")
+        raise ValueError  # too long
     for pattern, new in RULES.items():
         text = re.sub(pattern, new, text)
     return " ".join(token.replace(" ", "") for token in re.findall(TOKEN, text))
@@ -1470,7 +1470,7 @@ def same(a: str, b: str) -> bool:
     if not kind:
         bare = [re.sub(r"^([^a-z]*|\\frac .*) [%°]$", r"\1", text) for text in (a, b)]  # 28 \%
         return not any(apply("-", read(a), read(b))) or not any(apply("-", *map(read, bare)))
-    if kind in ("=", "<", "≤") and not all(map(same, xs, ys)):
+    if kind in ("=", "<", "≤") and xs[0] != ys[0] and not all(map(same, xs, ys)):
         ratios = read(f"( {xs[0]} - ( {xs[1]} ) ) / ( {ys[0]} - ( {ys[1]} ) )")
         factor = ratios[0] != 0 if kind == "=" else ratios[0].is_positive
         return bool(factor) and not any(apply("-", ratios, ratios[:1] * 6))
