@@ -1304,11 +1304,10 @@ RULES = {
     r"^\|(\w)\|\s*([<≤])\s*(\w+)$": r"-\3 \2 \1 \2 \3",  # |x| < 3
     r"\|([^|]+)\|": r"\\Abs(\1)", r"^\](.*,.*)\[$": r"(\1)",  # |x| and ]0, 1[
     r"\\sqrt \[([3579])\]\s*\{-(\w+)\}": r"-\\sqrt [\1]{\2}",  # \sqrt[3]{-8}
-    r"\\sqrt \[([^\]]+)\]\s*" + GROUP: r"{\2}^{1/(\1)}",  # \sqrt[3]{x}
-    r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?": "°",  # 30^{\circ}
-    r"(\\(?:sin|cos|tan|cot|sec|csc) )\^\s*(\w)\s*(\\?\w+|\([^()]*\))": r"(\1\3)^\2",  # \sin^2 x
+    r"\\sqrt \[([^\]]+)\]\s*" + GROUP: r"\\product {1}{\2^{1/(\1)}}",  # \sqrt[3]{x}
+    r"(\\(?:sin|co[st]|tan|sec) )\^ *(\w) *(\\?\w+|\([^()]*\))(?!\^)": r"\\product {1}{(\1\3)^\2}",
     r"\\log\s*_\s*" + GROUP: r"\\product {1/\\ln \1}\\ln ",  # \log_2 x
-    r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ",
+    r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ", r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?": "°",
     r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}",  # \frac12
     r"(?<![\d.}_^])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\}|(?<=\s)\d+\s*/\s*\d+)": r"(\1+\2)",  # 1 2/3
     r"(?<!\([A-J])(?<!^[A-J])\)\s*(?=\d)": ")*",  # (n - 1) 2^n
@@ -1348,7 +1347,7 @@ def shape(text: str) -> tuple[str, list[str]]:
     """Kind and parts: ",," a list, "(,)" a tuple, "<≤" 1 < x ≤ 2, ":" a ratio, "" none of these."""
     for signs in (",", "=≠<≤>≥", ":"):
         kind, parts, depth = "", [""], 0
-        for token in text.split(" "):
+        for token in text.split():
             depth += (token in OPENING) - (token in CLOSING)
             if depth or token not in signs:
                 parts[-1] = f"{parts[-1]} {token}".strip()
@@ -1415,14 +1414,14 @@ def apply(sign: str, *sides: tuple) -> tuple:
 
 def read(text: str) -> tuple:
     """The values of an expression, by recursive descent; `expression` takes from `rest`'s end."""
-    rest = [r"\end"] + text.split(" ")[::-1]
+    rest = [r"\end"] + text.split()[::-1]
     value = expression(rest, SUM)
     if rest != [r"\end"]:
         raise ValueError  # more after the answer
     return value
 
 
-def expression(rest: list[str], level: int = ATOM) -> tuple:
+def expression(rest: list, level: int = ATOM) -> tuple:
     """The longest expression whose operators bind at least as tightly as `level`."""
     value = first_part(rest, level)
     while LEVELS.get(rest[-1], SIDE_BY_SIDE) >= level and not re.match(AFTER, rest[-1]):
@@ -1433,7 +1432,7 @@ def expression(rest: list[str], level: int = ATOM) -> tuple:
     return value
 
 
-def first_part(rest: list[str], level: int) -> tuple:
+def first_part(rest: list, level: int) -> tuple:
     """A signed or bracketed expression, a function of one, a number or a letter."""
     token = rest.pop()
     if token in "+-":  # -2^2 is -(2^2), but x^-2y is x^{-2} y
@@ -1443,7 +1442,8 @@ def first_part(rest: list[str], level: int) -> tuple:
         CLOSING.index(rest.pop())  # an error if it is none
         return value
     if token in FUNCTIONS:
-        return apply(token, expression(rest, ATOM if rest[-1] == "(" else SIDE_BY_SIDE))
+        level = ATOM if token == r"\sqrt" or rest[-1] in "({" else SIDE_BY_SIDE
+        return apply(token, expression(rest, level))
     if token in TWO_GROUPS:
         return apply(TWO_GROUPS[token], expression(rest), expression(rest))
     if token in CONSTANTS:
@@ -1462,8 +1462,8 @@ def same(a: str, b: str) -> bool:
     """Equality of two tidy texts by the conventions at the top; an error if one is unreadable."""
     (kind, xs), (other, ys) = shape(a), shape(b)
     if kind[:1] == other[:1] == "," and len(xs + ys) < 2 * MAX_ITEMS:
-        matches = [[same(x, y) for y in ys] for x in xs]
-        return all(map(any, matches)) and all(map(any, zip(*matches)))
+        found = all(any(same(x, y) for y in ys) for x in xs)
+        return found and all(any(same(x, y) for x in xs) for y in ys)
     if kind != other:
         bare, other_bare = unwrap(a), unwrap(b)
         return (bare, other_bare) != (a, b) and same(bare, other_bare)

@@ -530,7 +530,7 @@ u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
 \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
 \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
-5!=120 ~ 120            ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3)
+5!=120 ~ 120            ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3) ~ \sqrt{2}x ~ x\sqrt2
 {n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ
 \biggl(\frac12\biggr) ~ 0.5  ~ \operatorname*{tg} x ~ \tan x ~ \omega_0 t + 1 ~ 1 + t\omega_{0}
 C_n^2 ~ \binom{n}{2} ~ \left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
@@ -556,6 +556,7 @@ A. 7, B. 8 ~ A. 8, B. 7 ~ A:B = 1:2 ~ A:B = 2:1 ~ 2xyz ~ 2 ~ 2**5 ~ 25 ~ 3 \text
 4 \text{ or more} ~ 4 ~ 12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25
 |t| < 4 ~ (-\infty, 4) ~ \sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5 ~ u \approx 3.14 ~ u \approx 2.7
 x = 3, y = 8 ~ (8, 3) ~ \angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor
+\sqrt{2}x ~ \sqrt{2x} ~ \cos x \sin^2 x ~ \cos(x \sin^2 x)
 J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345 ~ Tim ~ Tmi
 4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3 ~ \begin{pmatrix}1&2\end{pmatrix} ~ \frac12
 (b_n) \text{ converges} ~ (b_n) \text{ diverges} ~ 90 \text{ BC} ~ 90 \text{ AD}
