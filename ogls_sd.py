@@ -1302,9 +1302,9 @@ RULES = {
     r"\\(sin|cos|tan) \^\s*\{\s*-\s*1\s*\}": r"\\a\1 ",  # \sin^{-1} x
     r"\\lfloor (.+?)\\rfloor ?": r"\\asinh(\1)",  # nobody writes asinh
     r"^\|(\w)\|\s*([<≤])\s*(\w+)$": r"-\3 \2 \1 \2 \3",  # |x| < 3
-    r"\|([^|]+)\|": r"\\Abs(\1)", r"^\](.*,.*)\[$": r"(\1)",  # |x| and ]0, 1[
     r"\\sqrt \[([3579])\]\s*\{-(\w+)\}": r"-\\sqrt [\1]{\2}",  # \sqrt[3]{-8}
     r"\\sqrt \[([^\]]+)\]\s*" + GROUP: r"\\product {1}{\2^{1/(\1)}}",  # \sqrt[3]{x}
+    r"\\sqrt \[": "?", r"\|([^|]+)\|": r"\\Abs(\1)", r"^\](.*,.*)\[$": r"(\1)",  # |x|, ]0, 1[
     r"(\\(?:sin|co[st]|tan|sec) )\^ *(\w) *(\\?\w+|\([^()]*\))(?!\^)": r"\\product {1}{(\1\3)^\2}",
     r"\\log\s*_\s*" + GROUP: r"\\product {1/\\ln \1}\\ln ",  # \log_2 x
     r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ", r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?": "°",
@@ -1343,7 +1343,7 @@ def tidy(text: str) -> str:
     return " ".join(token.replace(" ", "") for token in re.findall(TOKEN, text))
 
 
-def shape(text: str) -> tuple[str, list[str]]:
+def shape(text: str) -> tuple[str, list]:
     """Kind and parts: ",," a list, "(,)" a tuple, "<≤" 1 < x ≤ 2, ":" a ratio, "" none of these."""
     for signs in (",", "=≠<≤>≥", ":"):
         kind, parts, depth = "", [""], 0
