@@ -474,18 +474,18 @@ u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
 5:8 ~ \frac58 ~ x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
 \mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta
 \operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6
-**41** ~ 41 ~ x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
+0.\overline{142857} ~ \frac17 ~ x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
 \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
 \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
-5!=120 ~ 120            ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3)
+5!=120 ~ 120            ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3) ~ \sqrt{2}x ~ x\sqrt2
 {n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ
-\biggl(\frac12\biggr) ~ 0.5  ~ \operatorname*{tg} x ~ \tan x
+\biggl(\frac12\biggr) ~ 0.5  ~ \operatorname*{tg} x ~ \tan x ~ \omega_0 t + 1 ~ 1 + t\omega_{0}
 C_n^2 ~ \binom{n}{2} ~ \left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
 """
 DIFFERENT = r"""
 (n-3) 2^{n}+5 ~ (n-3)2n+5 ~ \text{(A) } 7, \text{(B) } 8 ~ \text{(A) } 8, \text{(B) } 7
-A. 7, B. 8 ~ A. 8, B. 7
+A. 7, B. 8 ~ A. 8, B. 7 ~ A:B = 1:2 ~ A:B = 2:1 ~ 2xyz ~ 2 ~ 2**5 ~ 25 ~ 3 \text{ trillion} ~ 3
 0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
 50 ~ 0.5                ~ 50\% ~ 5                  ~ 1\frac45 ~ \frac45
 (1,2) ~ (2,1)           ~ (1,2) ~ [1,2]             ~ \{1,2\} ~ (1,2)
@@ -499,13 +499,14 @@ A. 7, B. 8 ~ A. 8, B. 7
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
 \text{Yes}, \text{No} ~ \text{Yes}, \text{Yes} ~ \text{Monday} ~ \text{Friday}
 \text{(A) } 31 ~ B ~ \text{(A) } 31 ~ 13 ~ \text{(A) } 4 ~ \text{(C) } 4
-2x + z = 1 ~ 1 ~ 9 = 7a + c ~ 7a + c ~ 2x = 10 ~ 10
+2x + z = 1 ~ 1 ~ 9 = 7a + c ~ 7a + c ~ 2x = 10 ~ 10 ~ \sqrt{u} = 3 ~ 3 ~ \omega_0 ~ \omega_1
 \text{Ian} ~ \text{Ina} ~ 8 \text{ AM} ~ 8 \text{ PM} ~ 3 \text{ dozen} ~ 3
 4 \text{ or more} ~ 4 ~ 12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25
-|t| < 4 ~ (-\infty, 4) ~ \sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5
+|t| < 4 ~ (-\infty, 4) ~ \sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5 ~ u \approx 3.14 ~ u \approx 2.7
 x = 3, y = 8 ~ (8, 3) ~ \angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor
+\sqrt{2}x ~ \sqrt{2x} ~ \cos x \sin^2 x ~ \cos(x \sin^2 x)
 J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345 ~ Tim ~ Tmi
-4 \text{ left} ~ 4 \text{ right}
+4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3 ~ \begin{pmatrix}1&2\end{pmatrix} ~ \frac12
 (b_n) \text{ converges} ~ (b_n) \text{ diverges} ~ 90 \text{ BC} ~ 90 \text{ AD}
 \begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix}
 20:45 ~ 20.45 ~ PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\}
@@ -517,7 +518,7 @@ HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0
            "}{", "{" * 50_000, r"\frac" * 60, r"\sin" * 70 + "x", r"e^{" * 70 + "9" + "}" * 70,
            r"\sin(10^{10000})", r"\begin{pmatrix}" * 19, "^", "_", r"\frac{0}{0}", "\ud800", r"\\",
            "ﷺ" * 300, "\\text{" * 49, "\\text{a " * 36, "x=" * 149, "1 " * 149,
-           "⟨" * 290, "\\|" * 99,
+           "⟨" * 290, "\\|" * 99, r"\ln" * 70 + "i",
            "a and " * 49, "=" * 299, "\\overline{1}" * 24, "0.\\overline{" + "1" * 250 + "}"]
 
 
