@@ -1175,7 +1175,7 @@ RULES = {
     r"\\(?:cdot|times) |[×·⋅]": "*", r"\\div |[÷⁄]": "/", "√": r"\\sqrt ", r"\\[lr]?vert ": "|",
     r"\\(?:circ|degree) ": "°", r"\\pi ": "π", r"\\infty ": "∞", r"\\[lc]?dots |\.\.\.": "…",
     "&": ":", r"\\%": "%", r"\\[dtc](frac|binom)": r"\\\1", r"\\(?:emptyset|varnothing) ": "∅",
-    r"^[\s=,]+|[\s.,;]+$": "", r"([\^_])\s*\{\s*(\w)\s*\}": r"\1\2 ",  # x^{n}
+    r"^[\s=,*]+|[\s.,;*]+$": "", r"([\^_])\s*\{\s*(\w)\s*\}": r"\1\2 ",  # x^{n}
     r"(?:,\s*)?\\(begin|end) \{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?": r" \\\1 ",
     r"\{([^{}]+?)\\choose ([^{}]+?)\}": r"\\binom {\1}{\2}",  # {n \choose k}
     r"(?<![\\\w])C_" + GROUP + r"\s*\^\s*" + GROUP: r"\\binom {\1}{\2}",  # C_n^k

@@ -918,7 +918,7 @@ def test_full_gpu_memory_is_told_with_its_flags(world, tmp_path, capfd, monkeypa
 
 
 @pytest.mark.parametrize("spoilt, told", [
-    (lambda made, reason: ([], "no wrong rollout"), "no wrong rollout in most"),
+    (lambda made, reason: ([], "no wrong rollout"), "no wrong rollout"),
     (lambda made, reason: ([replace(made[0], target=made[0].target * math.nan)], ""), "--lr")])
 def test_steps_without_a_lesson(spoilt, told, world, tmp_path, monkeypatch, capfd):
     """Without examples, or if the loss is no number: the weights stay, three in a row end it."""
@@ -1020,7 +1020,7 @@ def test_verdicts_and_solutions_of_a_step(world):
 
     def sample(prompts, seeds, adapter, cfg):
         assert cfg.rollouts == 1  # enough for the log of sft
-        return enumerate([[cut, whole]] * len(prompts))
+        return enumerate([[replace(cut), replace(whole)] for _ in prompts])
 
     sampler = SimpleNamespace(sample=sample, eos=eos)
     groups = ogls_sd.sample_groups(sampler, tokenizer, PROBLEMS, 1, None, bench.cfg)
