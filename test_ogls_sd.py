@@ -870,7 +870,7 @@ def broken(world, tmp_path_factory):
 BAD = """--no-such-flag 1 | --no-such-flag; --step 3 | --step; --steps 1.5 | --steps;
 --lr nan | --lr; --lr -1e-6 | --lr; --method dpo | --method; --top-p 2 | --top-p;
 --temperature 0 | --temperature; --resume 5 | --resume; --seed {big} | --seed;
---vllm-memory 2 | --vllm-memory; --model= | --model; --toy=false | --toy;
+--vllm-memory 2 | --vllm-memory; --output-dir= | --output-dir; --toy=false | --toy;
 --model no/model | no/model; --model {bad}/cut | /cut; --model {bad}/pickled | safetensors;
 --model {bad}/mute | template; --model {bad}/deaf | leaves out; --model {bad}/endless | EOS;
 --model {bad}/adapter | adapter; --model {bad}/short | vocabulary; --model {bad}/capped | steered;
