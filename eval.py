@@ -431,8 +431,10 @@ def score_toy(words: list[str], adapter) -> dict:
     problems, _ = ogls.load_problems(f"{cfg.model}/heldout.jsonl")
     groups = ogls.sample_groups(sampler, tokenizer, problems, 0, adapter, cfg)
     found = ogls.rollout_metrics(groups)
-    checks = ["Let me check" in y.text for group in groups for y in group.rollouts]
-    return {"right": 100 * found["reward"], "check": 100 * fmean(checks),
+    frame = pd.concat([pd.DataFrame(group.rollouts) for group in groups])
+    right, checks = 100.0 * frame["correct"], frame["text"].str.contains("Let me check")
+    return {"right": right.mean(), "right if checked": right[checks].mean(),
+            "right at once": right[~checks].mean(), "check": 100 * checks.mean(),
             "markers": found["markers"], "length": found["length"]}
 
 
@@ -460,7 +462,9 @@ def run_toy(argv: list[str]) -> int:
     write_text(out / "summary.json", json.dumps(summary))
     say(f"held-out mean@8: {before['right']:.1f} % before, {after['right']:.1f} % after, "
         f"{summary['steps']} steps, {summary['seconds']:.0f} s")
-    say(f"answers that check: {before['check']:.0f} % before, {after['check']:.0f} % after")
+    say(f"answers that check: {before['check']:.0f} % before, {after['check']:.0f} % after; right "
+        f"before: {before['right if checked']:.0f} % of these, "
+        f"{before['right at once']:.0f} % of the others")
     return 0
 
 
@@ -497,12 +501,8 @@ def word_problem(rng: Random) -> dict:
 
 LOGGED = {"step": int, "reward": int | float, "markers": int | float}
 ROWS = {
-    "sft": ["--method=sft"],
-    "grpo": ["--method=grpo"],
-    "opsd": ["--method=opsd"],
-    "pos-mean": ["--method=pos-mean"],
-    "pos-only": ["--method=pos-only"],
-    "ogls": [],
+    "sft": ["--method=sft"], "grpo": ["--method=grpo"], "opsd": ["--method=opsd"],
+    "pos-mean": ["--method=pos-mean"], "pos-only": ["--method=pos-only"], "ogls": [],
     "ogls_clip_0.05": ["--clip=0.05"],  # the paper's
     "ogls_lambda_3_early": ["--ramp-steps=10"]}
 
@@ -682,8 +682,7 @@ READING = ["strength", "distill_tokens", "guide_tokens", "exclude_self", "kl", "
 MODES = {  # what runs, and the flags that it uses
     "evaluate": (evaluate, [*SAMPLING, "data", "adapter", "k", "output", "sampler", "vllm_memory",
                             "tensor_parallel_size"]),
-    "regrade": (regrade, []),
-    "plot": (plot, []),
+    "regrade": (regrade, []), "plot": (plot, []),
     "toy_table": (toy_table, ["seeds", "steps", "output_dir"]),
     "teacher": (teacher, [*TEACHING, "adapter"]),
     "inspect": (inspect, [*TEACHING, *READING, "adapter"]),

@@ -123,12 +123,13 @@ def naive_step(naive, adapter, groups, cfg, strength):
     losses = []  # one for each token
     for problem, rollouts in groups:
         x = naive_ids(naive.tokenizer, naive_student_text(problem.question), cfg.thinking)
-        s = [problem.solution] if problem.solution else []
+        solution = problem.solution.split("</think>")[-1]
+        s = [solution] if solution else []
         right = [j for j, y in enumerate(rollouts) if y[2]]
         wrong = [j for j, y in enumerate(rollouts) if not y[2]]
         positive = [rollouts[j][1] for j in right] + s  # eq. (8)
         if cfg.method == "sft":
-            ids = naive.tokenizer(problem.solution)["input_ids"]
+            ids = naive.tokenizer(solution)["input_ids"]
             y = (ids + [naive.tokenizer.eos_token_id])[: cfg.max_new_tokens]
             logp = naive.logits(weights, x, y).log_softmax(-1)
             losses.append(-logp[range(len(y)), y])
@@ -160,16 +161,16 @@ def naive_step(naive, adapter, groups, cfg, strength):
 # ==== Small real models ==========================================================================
 
 
-def tiny_model(folder, kind="Qwen3", seed=0, tie_word_embeddings=False, **changes):
+def tiny_model(folder, kind="Qwen3", seed=0, **changes):
     """A random model of a kind of Transformers', with the toy's tokenizer."""
     torch.manual_seed(seed)
     tokenizer = scorer.toy_tokenizer()
-    config = getattr(transformers, kind + "Config")(
+    settings = dict(
         hidden_size=48, intermediate_size=96, head_dim=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
         initializer_range=0.15, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        tie_word_embeddings=tie_word_embeddings, **changes)
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, tie_word_embeddings=False)
+    config = getattr(transformers, kind + "Config")(**{**settings, **changes})
     getattr(transformers, kind + "ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -254,7 +255,8 @@ def spy(monkeypatch, owner, name):
 
 PROBLEMS = [Problem("Start with 7, double, add 3. What is the last digit?", "7",
                     "Let me check: 7, double: 4, add 3: 7. \\boxed{7}"),
-            Problem("Start with 2, square. What is the last digit?", "4", "We get \\boxed{4}")]
+            Problem("Start with 2, square. What is the last digit?", "4",
+                    "so</think>We get \\boxed{4}")]
 TEXTS = [["We get \\boxed{7}", "It ends in \\boxed{3}", "Let me check: 7, double: 4. \\boxed{4}",
           "The last digit is \\boxed{7}", "no"],
          ["", "Let me check: 2, square: 4. \\boxed{4}", "It ends in \\boxed{2}"]]
@@ -291,6 +293,14 @@ def test_a_step_equals_the_naive_equations(case, tied, tmp_path):
     assert learned["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     for mine, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-6)
+
+
+def test_steering_states_is_steering_logits():
+    torch.manual_seed(0)
+    W, (z0, plus, minus) = torch.randn(11, 5), torch.randn(3, 7, 5)
+    steered = ogls_sd.steer(z0, plus, minus, 3.0) @ W.T
+    on_logits = z0 @ W.T + 3.0 * (plus @ W.T - minus @ W.T)
+    torch.testing.assert_close(steered, on_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_exclude_self_when_all_rollouts_read(world):
@@ -450,66 +460,56 @@ def test_the_split_that_is_wanted(monkeypatch, capsys):
 # ==== Checker ====================================================================================
 
 EQUAL = r"""
-1,296 ~ 1296            ~ 27.0 ~ 27                 ~ 033 ~ 33
-5 \text{ cm}^2 ~ 5      ~ \$18.90 ~ 18.9            ~ 24 square inches ~ 24
-28\% ~ 28               ~ 50\% ~ 0.5                ~ 90^\circ ~ 90 \text{ degrees}
-1\frac45 ~ 9/5          ~ 137 \frac{1}{2} ~ 137.5   ~ -2½ ~ -2.5
-3\times10^8 ~ 3e8       ~ ２７ ~ 27                 ~ −3√5 ~ -3\sqrt{5}
-5 \text{ or } 6 ~ 6, 5  ~ \{1,2\} ~ 2, 1            ~ (1, 2), (3, 4) ~ (3,4),(1,2)
-\text{(B)} ~ B          ~ x = 5 ~ 5                 ~ x=1, x=2 ~ 2, 1
-x \in [1,2) ~ 1\le x<2  ~ x \ge 2 ~ [2, \infty)     ~ (3,\infty)\cup[0,1] ~ [0,1]\cup(3,\infty)
-1 \pm \sqrt2 ~ 1-\sqrt{2}, 1+\sqrt{2}               ~ 2x > 4 ~ x > 2
-y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2         ~ 5 = x ~ x = 5
-e^{i\pi} ~ -1           ~ \frac{1+i}{2} ~ 0.5+0.5i  ~ \log_2 8 ~ 3
-10_{2} ~ 10_2           ~ \binom52 ~ 10             ~ \frac{n^2-n}{2} ~ \binom{n}{2}
-\sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x   ~ |x| ~ |-x|
-\begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix} ~ (-1)^n ~ (-1)^{n+2}
-2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes    ~ \frac{x^2}{x} ~ x
-\text{(A) } 31 ~ A      ~ B. \ 7k ~ B               ~ \text{(E) } 44 ~ 44
-\text{D) falls} ~ D     ~ \sin^2(\frac{u+v}{2}) = \frac15 ~ \frac15 ~ \lim_{n\to\infty} c_n = 8 ~ 8
+1,296 ~ 1296 ~ 27.0 ~ 27 ~ 033 ~ 33 ~ 5 \text{ cm}^2 ~ 5 ~ \$18.90 ~ 18.9 ~ 24 square inches ~ 24
+28\% ~ 28 ~ 50\% ~ 0.5 ~ 90^\circ ~ 90 \text{ degrees} ~ 1\frac45 ~ 9/5 ~ 137 \frac{1}{2} ~ 137.5
+-2½ ~ -2.5 ~ 3\times10^8 ~ 3e8 ~ ２７ ~ 27 ~ −3√5 ~ -3\sqrt{5} ~ 5 \text{ or } 6 ~ 6, 5
+\{1,2\} ~ 2, 1 ~ (1, 2), (3, 4) ~ (3,4),(1,2) ~ \text{(B)} ~ B ~ x = 5 ~ 5 ~ x=1, x=2 ~ 2, 1
+x \in [1,2) ~ 1\le x<2 ~ x \ge 2 ~ [2, \infty) ~ (3,\infty)\cup[0,1] ~ [0,1]\cup(3,\infty)
+1 \pm \sqrt2 ~ 1-\sqrt{2}, 1+\sqrt{2} ~ 2x > 4 ~ x > 2 ~ y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2
+5 = x ~ x = 5 ~ e^{i\pi} ~ -1 ~ \frac{1+i}{2} ~ 0.5+0.5i ~ \log_2 8 ~ 3 ~ 10_{2} ~ 10_2
+\binom52 ~ 10 ~ \frac{n^2-n}{2} ~ \binom{n}{2} ~ \sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x
+|x| ~ |-x| ~ \begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix}
+(-1)^n ~ (-1)^{n+2} ~ 2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes ~ \frac{x^2}{x} ~ x
+\text{(A) } 31 ~ A ~ B. \ 7k ~ B ~ \text{(E) } 44 ~ 44 ~ \text{D) falls} ~ D
+\sin^2(\frac{u+v}{2}) = \frac15 ~ \frac15 ~ \lim_{n\to\infty} c_n = 8 ~ 8
 \sum_{k=1}^n k = \frac{n(n+1)}{2} ~ \frac{n^2+n}{2} ~ 3^4 = 81 ~ 81 ~ x = 9+9+3 = 21 ~ 21
 \angle XYZ = 35^\circ ~ 35 ~ x=\frac18\approx0.1 ~ \frac18 ~ \text{Yes, one may} ~ Yes
-u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70
-31cm ~ 31 ~ 8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.}
-5:8 ~ \frac58 ~ x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
+u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70 ~ 31cm ~ 31
+8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.} ~ 5:8 ~ \frac58
+x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
 \mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta
-\operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6
-0.\overline{142857} ~ \frac17 ~ x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6
-\sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1 ~ \sqrt[3]{-8} ~ -2
-0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ \mathbb{R} ~ (-\infty,\infty)
-\varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ ]1, 2[ ~ (1,2)
-5!=120 ~ 120            ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3) ~ \sqrt{2}x ~ x\sqrt2
-{n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ
-\biggl(\frac12\biggr) ~ 0.5  ~ \operatorname*{tg} x ~ \tan x ~ \omega_0 t + 1 ~ 1 + t\omega_{0}
-C_n^2 ~ \binom{n}{2} ~ \left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
+\operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6 ~ 0.\overline{142857} ~ \frac17
+x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6 ~ \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1
+\sqrt[3]{-8} ~ -2 ~ 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16
+\mathbb{R} ~ (-\infty,\infty) ~ \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4)
+]1, 2[ ~ (1,2) ~ 5!=120 ~ 120 ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3) ~ \sqrt{2}x ~ x\sqrt2
+{n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ ~ \biggl(\frac12\biggr) ~ 0.5
+\operatorname*{tg} x ~ \tan x ~ \omega_0 t + 1 ~ 1 + t\omega_{0} ~ C_n^2 ~ \binom{n}{2}
+\left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
 """
 DIFFERENT = r"""
 (n-3) 2^{n}+5 ~ (n-3)2n+5 ~ \text{(A) } 7, \text{(B) } 8 ~ \text{(A) } 8, \text{(B) } 7
 A. 7, B. 8 ~ A. 8, B. 7 ~ A:B = 1:2 ~ A:B = 2:1 ~ 2xyz ~ 2 ~ 2**5 ~ 25 ~ 3 \text{ trillion} ~ 3
-0.3333 ~ \frac13        ~ \pi ~ 3.14159             ~ 1,234 ~ 1, 234
-50 ~ 0.5                ~ 50\% ~ 5                  ~ 1\frac45 ~ \frac45
-(1,2) ~ (2,1)           ~ (1,2) ~ [1,2]             ~ \{1,2\} ~ (1,2)
-1,2,3 ~ 1,2             ~ \pm 3 ~ 3                 ~ 3:2 ~ 2:3
-(B) ~ (C)               ~ y = 6 ~ x = 5             ~ y = 5 ~ x = 5
-2x > 4 ~ x < 2          ~ x > 2 ~ x \ge 2           ~ x < 5 ~ 5
-3+4i ~ 3-4i             ~ 10_2 ~ 10_3               ~ 10_2 ~ 10
-\sqrt{x^2} ~ x          ~ (-1)^n ~ 1                ~ 104! ~ 104
-10^{100} ~ 10^{100}+1   ~ 0 ~ 10^{-60} ~ \text{A beats B} ~ \text{B beats A}
-5 \text{ million} ~ 5   ~ 0.\overline{3} ~ 0.\overline{7} ~ 2f(x) ~ f(2x)
+0.3333 ~ \frac13 ~ \pi ~ 3.14159 ~ 1,234 ~ 1, 234 ~ 50 ~ 0.5 ~ 50\% ~ 5 ~ 1\frac45 ~ \frac45
+(1,2) ~ (2,1) ~ (1,2) ~ [1,2] ~ \{1,2\} ~ (1,2) ~ 1,2,3 ~ 1,2 ~ \pm 3 ~ 3 ~ 3:2 ~ 2:3 ~ (B) ~ (C)
+y = 6 ~ x = 5 ~ y = 5 ~ x = 5 ~ 2x > 4 ~ x < 2 ~ x > 2 ~ x \ge 2 ~ x < 5 ~ 5 ~ 3+4i ~ 3-4i
+10_2 ~ 10_3 ~ 10_2 ~ 10 ~ \sqrt{x^2} ~ x ~ (-1)^n ~ 1 ~ 104! ~ 104 ~ 10^{100} ~ 10^{100}+1
+0 ~ 10^{-60} ~ \text{A beats B} ~ \text{B beats A} ~ 5 \text{ million} ~ 5
+0.\overline{3} ~ 0.\overline{7} ~ 2f(x) ~ f(2x)
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
-\text{Yes}, \text{No} ~ \text{Yes}, \text{Yes} ~ \text{Monday} ~ \text{Friday}
-\text{(A) } 31 ~ B ~ \text{(A) } 31 ~ 13 ~ \text{(A) } 4 ~ \text{(C) } 4
-2x + z = 1 ~ 1 ~ 9 = 7a + c ~ 7a + c ~ 2x = 10 ~ 10 ~ \sqrt{u} = 3 ~ 3 ~ \omega_0 ~ \omega_1
-\text{Ian} ~ \text{Ina} ~ 8 \text{ AM} ~ 8 \text{ PM} ~ 3 \text{ dozen} ~ 3
-4 \text{ or more} ~ 4 ~ 12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25
-|t| < 4 ~ (-\infty, 4) ~ \sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5 ~ u \approx 3.14 ~ u \approx 2.7
-x = 3, y = 8 ~ (8, 3) ~ \angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor
-\sqrt{2}x ~ \sqrt{2x} ~ \cos x \sin^2 x ~ \cos(x \sin^2 x)
-J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345 ~ Tim ~ Tmi
-4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3 ~ \begin{pmatrix}1&2\end{pmatrix} ~ \frac12
-(b_n) \text{ converges} ~ (b_n) \text{ diverges} ~ 90 \text{ BC} ~ 90 \text{ AD}
-\begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix}
-20:45 ~ 20.45 ~ PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\}
+\text{Yes}, \text{No} ~ \text{Yes}, \text{Yes} ~ \text{Monday} ~ \text{Friday} ~ \text{(A) } 31 ~ B
+\text{(A) } 31 ~ 13 ~ \text{(A) } 4 ~ \text{(C) } 4 ~ 2x + z = 1 ~ 1 ~ 9 = 7a + c ~ 7a + c
+2x = 10 ~ 10 ~ \sqrt{u} = 3 ~ 3 ~ \omega_0 ~ \omega_1 ~ \text{Ian} ~ \text{Ina}
+8 \text{ AM} ~ 8 \text{ PM} ~ 3 \text{ dozen} ~ 3 ~ 4 \text{ or more} ~ 4
+12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25 ~ |t| < 4 ~ (-\infty, 4)
+\sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5 ~ u \approx 3.14 ~ u \approx 2.7 ~ x = 3, y = 8 ~ (8, 3)
+\angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor ~ \sqrt{2}x ~ \sqrt{2x}
+\cos x \sin^2 x ~ \cos(x \sin^2 x) ~ J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345
+Tim ~ Tmi ~ 4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3
+\begin{pmatrix}1&2\end{pmatrix} ~ \frac12 ~ (b_n) \text{ converges} ~ (b_n) \text{ diverges}
+90 \text{ BC} ~ 90 \text{ AD}
+\begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix} ~ 20:45 ~ 20.45
+PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\}
 """
 HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0", "10^{10^{10}}",
            "2^{" * 40 + "2" + "}" * 40, "(-1)^{10^{100}/3}", "10^{10^{100}/3}", "(a+b+c)^{400}",
@@ -861,6 +861,8 @@ def broken(world, tmp_path_factory):
     torch.save(weights, root / "pickled/pytorch_model.bin")
     tiny_model(root / "capped", "Gemma2", final_logit_softcapping=5.0, query_pre_attn_scalar=32)
     tiny_model(root / "hybrid", "Lfm2", layer_types=["conv", "full_attention"])
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tiny_model(root / "elastic", "Llama", rope_parameters=rope)
     for name, text in FILES.items():
         (root / name).write_text(text, encoding="latin-1")
     (root / "leftover/step_000003").mkdir(parents=True)
@@ -874,7 +876,8 @@ BAD = """--no-such-flag 1 | --no-such-flag; --step 3 | --step; --steps 1.5 | --s
 --model no/model | no/model; --model {bad}/cut | /cut; --model {bad}/pickled | safetensors;
 --model {bad}/mute | template; --model {bad}/deaf | leaves out; --model {bad}/endless | EOS;
 --model {bad}/adapter | adapter; --model {bad}/short | vocabulary; --model {bad}/capped | steered;
---model {bad}/hybrid | steered; --model {bad}/nan | steered; --max-new-tokens 99999 | context;
+--model {bad}/hybrid | steered; --model {bad}/elastic | length;
+--model {bad}/nan | steered; --max-new-tokens 99999 | context;
 --data {bad}/none.jsonl | none.jsonl; --data {{no}}/\x1b[2J\u202e | {{no}}/;
 --data {bad}/half.jsonl | half; --data {bad}/empty.jsonl | 0 rows;
 --data {bad}/table.csv | .parquet; --data {bad}/long.jsonl | --max; --data {bad}/latin.jsonl | utf;
@@ -909,9 +912,7 @@ def test_full_disk(world, tmp_path, capfd, request):
 
 
 def test_full_gpu_memory_is_told_with_its_flags(world, tmp_path, capfd, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    full = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     for function in ("save_adapter", "update", "guided_hidden"):  # each is called before the last
         monkeypatch.setattr(ogls_sd, function, full)
         refused(call(world, tmp_path / function), "--micro-tokens", capfd)
@@ -1434,15 +1435,24 @@ def timed(way, work):
     return time.perf_counter() - began
 
 
+def peak_memory(way, work):
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        way(*work)
+        return torch.cuda.max_memory_allocated()
+    with PeakMemory() as memory:
+        way(*work)
+    return memory.peak
+
+
 def compare(title, work, *ways, repeats=5):
     """Prints, of each way to do the work, median seconds (returned), in turn, and peak memory."""
     print(title)
     turns = [[timed(way, work) for way in ways] for _ in range(repeats + 1)]
     medians = [statistics.median(seconds) for seconds in zip(*turns[1:])]  # the first warms up
     for way, seconds in zip(ways, medians):
-        with PeakMemory() as memory:
-            way(*work)
-        print(f"  {way.__name__:<20}{seconds:8.4f} s   peak {memory.peak / 1e6:8.1f} MB")
+        peak = peak_memory(way, work) / 1e6
+        print(f"  {way.__name__:<20}{seconds:8.4f} s   peak {peak:8.1f} MB")
     return medians
 
 
@@ -1546,12 +1556,17 @@ def train_a_little(model, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["bench", "gpu"])
-    parser.add_argument("--model", help="of gpu (default: a tiny one with random weights)")
+    parser.add_argument("--model", help="of gpu (default: random weights in Qwen3-1.7B's shape)")
     args = parser.parse_args()
+    large = {}
+    if torch.cuda.is_available():  # Qwen3-1.7B's shape, and the toy's tokenizer
+        large = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, head_dim=128,
+                     num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+                     tie_word_embeddings=True, initializer_range=0.02)
     # PeakMemory sees every new tensor, and cannot have this subclass of one made under its eyes.
     ogls_sd.causal_lower_right = functools.cache(ogls_sd.causal_lower_right)
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         if args.what == "bench":
             bench()
         else:
-            gpu(args.model or tiny_model(Path(scratch, "model")), Path(scratch))
+            gpu(args.model or tiny_model(Path(scratch, "model"), **large), Path(scratch))
