@@ -37,6 +37,7 @@ Departures from the paper, marked again where they happen.  Marks: [v1] [v2] the
     - eqs. (15)-(16) are sums; here the mean over all tokens that a step distils [us]
     - an update takes 32 questions [us]; Algorithm 1 as printed takes one
     - a rollout that is cut off or has no box counts as wrong, so it is a negative guide [us]
+    - a guide is shown without its thinking, and one that is too long by its last tokens [us]
     - v2's cross-entropy on the ends of short right rollouts is left out: its weight is unpublished
 """
 
@@ -557,7 +558,7 @@ def prove_steering(model, cfg):
     tolerance = 0.05 if cfg.dtype == "bfloat16" else 1e-3
     with explained(f"--model {cfg.model} cannot be steered by its hidden states: {{reason}}; "
                    "take one such as Qwen3, Qwen2 or Llama"):
-        rope = str(getattr(model.config, "rope_parameters", ""))
+        rope = str(getattr(model.config.get_text_config(), "rope_parameters", ""))
         if re.search("dynamic|longrope", rope):  # too short a text here to show it
             raise ValueError("its positions depend on the length of the text")
         head = float32_head(model)
