@@ -1181,16 +1181,16 @@ RULES = {  # in this order: a pattern and what it becomes, with an example where
     r"\{\\(?:rm|bf|it)|\\(?:text[a-z]*|mathrm|mbox|operatorname) \*?\s*\{": r"\\text {",
     r"\\text \{\s*((?:[-+]?[\d\\(]|[A-J]\W)(?:[^{}]|\{[^{}]*\})*|)\}": r" \1 ",  # \text{12 cm}
     r"^\W*(?:text \{\s*)?(?i:(yes|no)\W*[,.](?!.*\b(?:yes|no)\W*(?:,|$)).*)$": r"\\text {\1}",
-    r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|^\s*\\text \{[^{}]*(?::|\bis|=)\s*\}(?=\s*\S)(?!.*:)|"
-    r"(?<=hour|ours|feet),? and\b|(?<=\b[A-E])(?:[\s,]|and)+(?=[A-E]\s*(?:,|and|$))": "",  # A, B
+    r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|^\s*\\text \{[^{}]*(?::|\bis|=)\s*\}(?=.)(?!.*:\s*\})|"
+    r"(?<=hour|ours),? and\b|(?<=\b[A-E])(?:[\s,}]|and|\\text \{)+(?=[A-E]\s*(?:[,}]|and|$))": "",
     r"\\text \{([^{}]*\w),? +(?:and|or) *\}": r"\\text {\1} , ",  # \text{cm and }
     r"(?:,\s*)?(?:\\text \{\s*)?\b(?:and|or)\b(?:\s*\}|(?=\s*(?:[-\d\\({]|\w\b)))": " , ",
     r"(?<=[\d}π]) *(([ckm]m|kg|m[ei]n|pct|[a-z]{4,}|[一-鿿])([/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
     r"(\\text \{[^{}]*)\}\s*\\text \{": r"\1 ", r"(\d+)\s*\^?°\s*(\d+)\s*['′’]": r"(\1+\2/60)°",
-    r"(?<=[\d)}!°π%])(?:[\s/*]*" + UNIT + r"(?:\s*\^\s*(?:[23]|\{-\s*\d\}))?)+": " ",  # 5 cm
+    r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^\s*(?:[23]|\{-\s*\d\}))?)+": " ",  # 5 cm
     r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ", r"R *\\setminus ([^,{}]+)$": r"(-∞,\1),(\1,∞)",
-    r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o)\b|"
-    r"^(?:[a-z]{3}| *[A-E]{2,} *)$": name,  # \text{odd}, Evelyn, odd, ABD
+    r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o|(?<=\d )[AP]M)\b|"
+    r"^(?:[a-z]{3}| *[A-EIVX]{2,} *)$": name,  # \text{odd}, Evelyn, odd, ABD
     r"⟨no.{1,6}solutions?⟩|⟨empty set⟩": "∅", r"⟨all real numbers⟩|(?:^|(?<==))\s*R\s*$": "(-∞,∞)",
     r"(\d+\.\d*)\\overline \{?(\d+)\}?": r"(\1+(\1\2-\1)^2/(2*\1\2-\1-\1\2\2))",  # 0.1666...
     r"^([^≈]*=[^≈]*|(?:[-\d(π]|\\frac|\\sqrt|\\l)[^≈]*)≈.*$|\\[bp]?mod .*$": r"\1",  # 1/4 ≈ 0.3
@@ -1206,7 +1206,7 @@ RULES = {  # in this order: a pattern and what it becomes, with an example where
     r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ", r"\^?\s*(\{\s*)?(?:°|⟨degrees⟩)\s*(?(1)\})": "°",
     r"(\\(?:sin|co[st]|tan|sec) )\^(\w) *((?:\\frac \{[^{}]*\}\s*)?\{[^{}]*\}|\\?\w+°?|\([^()]*\))"
     r"(?!\^)": r"\\product {1}{(\1\3)^\2}",  # \sin^2 x
-    r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}", r"(?<!\b[A-J])([)!])\s*(?=\d)": r"\1*",
+    r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}", r"(?<!\b[A-J])([)!]|\^\w )\s*(?=\d)": r"\1*",
     r"(?<![\d.}_^])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\}|(?<=\s)\d+\s*/\s*\d+)": r"(\1+\2)",  # 1 2/3
     r"^([^±]*)±([^±]*)±([^±]*)$": r"\1+\2+\3,\1-\2-\3", r"^([^±]*)±([^±]*)$": r"\1+\2,\1-\2",
 }
