@@ -464,7 +464,7 @@ EQUAL = r"""
 28\% ~ 28 ~ 50\% ~ 0.5 ~ 90^\circ ~ 90 \text{ degrees} ~ 1\frac45 ~ 9/5 ~ 137 \frac{1}{2} ~ 137.5
 9 \bmod 14 ~ 9 ~ 3\times10^8 ~ 3e8 ~ ２７ ~ 27 ~ −3√5 ~ -3\sqrt{5} ~ 5 \text{ or } 6 ~ 6, 5 ~ ¥30 ~ 30
 \{1,2\} ~ 2, 1 ~ (1, 2), (3, 4) ~ (3,4),(1,2) ~ \text{(B)} ~ B ~ \text{III} ~ III ~ x=1, x=2 ~ 2, 1
-x \in [1,2) ~ 1\le x<2 ~ x \ge 2 ~ [2, \infty) ~ \mathbb{R} \setminus \{3\} ~ (3,\infty)\cup(-\infty,3)
+x \in [1,2) ~ 1\le x<2 ~ x \ge 2 ~ [2, \infty) ~ \mathbb R\setminus\{3\} ~ (3,\infty)\cup(-\infty,3)
 1 \pm \sqrt2 ~ 1-\sqrt{2}, 1+\sqrt{2} ~ 2x > 4 ~ x > 2 ~ y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2
 5 = x ~ x = 5 ~ e^{i\pi} ~ -1 ~ \frac{1+i}{2} ~ 0.5+0.5i ~ \sin^2{x} ~ (\sin x)^2 ~ 10_{2} ~ 10_2
 \binom52 ~ 10 ~ \frac{n^2-n}{2} ~ \binom{n}{2} ~ \sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x
@@ -478,7 +478,7 @@ u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70 ~ 31cm ~ 31 
 8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ \text{7:20 PM} ~ 7:20 \text{ p.m.} ~ 5:8 ~ \frac58
 x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8) ~ \text{empty set} ~ \emptyset
 \mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta ~ \text{The sum is } 17 ~ 17
-\operatorname{ctg} \beta ~ \cot\beta ~ \textcolor{blue}{\bm{6}} ~ 6 ~ \frac{6!}{3!3!\sin 30^\circ} ~ 40
+\operatorname{ctg} \beta ~ \cot\beta ~ \textcolor{blue}{\bm{6}} ~ 6 ~ \frac{6!}{3!3!\sin 30°} ~ 40
 x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6 ~ \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1
 \sqrt[3]{-8} ~ -2 ~ 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ 64^\circ 30' ~ 64.5
 \mathbb{R} ~ (-\infty,\infty) ~ \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ \log_2 8 ~ 3
@@ -509,7 +509,7 @@ Tim ~ Tmi ~ 4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3 ~ \sin^2 20^\
 \begin{pmatrix}1&2\end{pmatrix} ~ \frac12 ~ (b_n) \text{ converges} ~ (b_n) \text{ diverges}
 90 \text{ BC} ~ 90 \text{ AD} ~ \text{Ann: } 5, \text{Bob: } 7 ~ \text{Ann: } 7, \text{Bob: } 5
 \begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix} ~ 20:45 ~ 20.45
-PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\} ~ R \setminus 6 ~ R \setminus 7
+PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\} ~ Yes, No, No ~ Yes, Yes, No
 """
 HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0", "10^{10^{10}}",
            "2^{" * 40 + "2" + "}" * 40, "(-1)^{10^{100}/3}", "10^{10^{100}/3}", "(a+b+c)^{400}",
