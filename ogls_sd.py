@@ -1185,7 +1185,7 @@ RULES = {  # in this order: a pattern and what it becomes, with an example where
     r"(?<=hour|ours),? and\b|(?<=\b[A-E])(?:[\s,}]|and|\\text \{)+(?=[A-E]\s*(?:[,}]|and|$))": "",
     r"\\text \{([^{}]*\w),? +(?:and|or) *\}": r"\\text {\1} , ",  # \text{cm and }
     r"(?:,\s*)?(?:\\text \{\s*)?\b(?:and|or)\b(?:\s*\}|(?=\s*(?:[-\d\\({]|\w\b)))": " , ",
-    r"(?<=[\d}π]) *(([ckm]m|kg|m[ei]n|pct|[a-z]{4,}|[一-鿿])([/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
+    r"(?<=\d|}) *(([ckm]m|kg|m[ei]n|pct|[a-z]{4,}|[一-鿿])([/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
     r"(\\text \{[^{}]*)\}\s*\\text \{": r"\1 ", r"(\d+)\s*\^?°\s*(\d+)\s*['′’]": r"(\1+\2/60)°",
     r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^\s*(?:[23]|\{-\s*\d\}))?)+": " ",  # 5 cm
     r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ", r"R *\\setminus ([^,{}]+)$": r"(-∞,\1),(\1,∞)",

@@ -462,7 +462,7 @@ def test_the_split_that_is_wanted(monkeypatch, capsys):
 EQUAL = r"""
 1,296 ~ 1296 ~ 27.0 ~ 27 ~ 033 ~ 33 ~ 5 \text{ cm}^2 ~ 5 ~ \$18.90 ~ 18.9 ~ 24 square inches ~ 24
 28\% ~ 28 ~ 50\% ~ 0.5 ~ 90^\circ ~ 90 \text{ degrees} ~ 1\frac45 ~ 9/5 ~ 137 \frac{1}{2} ~ 137.5
-9 \bmod 14 ~ 9 ~ 3\times10^8 ~ 3e8 ~ ２７ ~ 27 ~ −3√5 ~ -3\sqrt{5} ~ 5 \text{ or } 6 ~ 6, 5 ~ ¥30 ~ 30
+9 \bmod 14 ~ 9 ~ 3\times10^8 ~ 3e8 ~ ２７ ~ 27 ~ −3√5 ~ -3\sqrt{5} ~ 5 \text{ or } 6 ~ 6, 5
 \{1,2\} ~ 2, 1 ~ (1, 2), (3, 4) ~ (3,4),(1,2) ~ \text{(B)} ~ B ~ \text{III} ~ III ~ x=1, x=2 ~ 2, 1
 x \in [1,2) ~ 1\le x<2 ~ x \ge 2 ~ [2, \infty) ~ \mathbb R\setminus\{3\} ~ (3,\infty)\cup(-\infty,3)
 1 \pm \sqrt2 ~ 1-\sqrt{2}, 1+\sqrt{2} ~ 2x > 4 ~ x > 2 ~ y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2
