@@ -1162,58 +1162,59 @@ def name(match: re.Match) -> str:
     return " ⟨" + re.sub(r"\\text \{|[},;.]", "", match[0]).strip().lower() + "⟩ "
 
 
-# In this order: a pattern and what it becomes, with an example where it helps.
-RULES = {
+RULES = {  # in this order: a pattern and what it becomes, with an example where it helps
     r"(?<=\d)(?:(?:\{,\}|,\s*\\!)\s*|\\,|[,\s](?!.*[(\[)\]]))(?=\d{3}(?!\d))": "",  # 12,345
-    r"\\\\|;|\\cup\b|∪|\\(?:begin|end)\s*\{cases\}": " , ",
-    r"\\\{\s*\\\}": "∅", r"\\[a-zA-Z]+": r"\g<0> ",  # now every command ends in a space
-    r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)h?|c?tg|cot|ln|lo?g|exp|sqrt|pi)(?![a-z])": r"\\\1 ",
+    r"\\\\|(?<!\\);|\\cup\b|∪|\\\w+\s*\{(?:cases|aligned)\}": " , ", r"&|\\colon\b": ":",
+    r"\\\{\s*\\\}|\\(?:emptyset|varnothing)\b": "∅", r"\\[a-zA-Z]+": r"\g<0> ",  # and a space
+    r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan|cot|c?tg)h?|ln|lo?g|exp|sqrt|pi)(?![a-z])": r"\\\1 ",
     r"\\(?:left|right|displaystyle|limits|q?quad|[bB]igg?[lr]?|[lr]brace|boxed) ": " ",
-    r"\\color \{\w+\}|\\?[$€£]|~|\\[\[(,:;! )\]{}]|\s+": " ",
+    r"\\(?:text)?color \{\w+\}|\\?[$€£¥]|~|\\[\[(,:;! )\]{}]|\s+": " ", r"\\%": "%",
     r"\\leq?(?:slant)? |<=": "≤", r"\\geq?(?:slant)? |>=": "≥", r"\\neq? |(?<![\d)}])!=": "≠",
     r"\\lt ": "<", r"\\gt ": ">", r"\\in |∈": "=", r"\\approx ": "≈", r"\\pm ": "±", "[−–—]": "-",
     r"\\(?:cdot|times) |[×·⋅]": "*", r"\\div |[÷⁄]": "/", "√": r"\\sqrt ", r"\\[lr]?vert ": "|",
     r"\\(?:circ|degree) ": "°", r"\\pi ": "π", r"\\infty ": "∞", r"\\[lc]?dots |\.\.\.": "…",
-    "&": ":", r"\\%": "%", r"\\[dtc](frac|binom)": r"\\\1", r"\\(?:emptyset|varnothing) ": "∅",
-    r"^[\s=,*]+|[\s.,;*]+$": "", r"([\^_])\s*\{\s*(\w)\s*\}": r"\1\2 ",  # x^{n}
+    r"([\^_])\s*\{\s*([\w°])\s*\}": r"\1\2 ", r"\\(?:var|[dtc](?=frac|binom))": r"\\",  # x^{n}
     r"(?:,\s*)?\\(begin|end) \{[bpB]?(?:small)?(?:matrix|array)\}(?:\{[clr| ]*\})?": r" \\\1 ",
-    r"\{([^{}]+?)\\choose ([^{}]+?)\}": r"\\binom {\1}{\2}",  # {n \choose k}
+    r"^[\s=,*]+|[\s.,;*]+$": "", r"\{([^{}]+?)\\choose ([^{}]+?)\}": r"\\binom {\1}{\2}",
     r"(?<![\\\w])C_" + GROUP + r"\s*\^\s*" + GROUP: r"\\binom {\1}{\2}",  # C_n^k
-    r"\\(?:math(?:bf|bb|cal|it)|boldsymbol|vec) \s*(?:\{([^{}]*)\}|(\w))": r" \1\2 ",
+    r"\\(?:math(?:b[bf]|cal|it|sf)|boldsymbol|bm|underline|vec) (?:\{([^{}]*)\}|(\w))": r" \1\2 ",
     r"\{\\(?:rm|bf|it)|\\(?:text[a-z]*|mathrm|mbox|operatorname) \*?\s*\{": r"\\text {",
-    r"\\text \{\s*([-+]?[\d\\(][^{}]*|[A-J]\W[^{}]*|)\}": r" \1 ",  # \text{12 cm}
-    r"^\s*(?:\\text \{\s*)?(?i:(yes|no))\s*[,.].*$": r"\\text {\1}",  # Yes, one can
-    r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|\\text \{[^{}]*:\s*\}(?=\s*\S)": "",  # Area: 5
+    r"\\text \{\s*((?:[-+]?[\d\\(]|[A-J]\W)(?:[^{}]|\{[^{}]*\})*|)\}": r" \1 ",  # \text{12 cm}
+    r"^\W*(?:text \{\s*)?(?i:(yes|no)\W*[,.](?!.*\b(?:yes|no)\W*(?:,|$)).*)$": r"\\text {\1}",
+    r"[,;]?\s*\\text \{\s*(?:for|where)\b.*$|^\s*\\text \{[^{}]*(?::|\bis|=)\s*\}(?=.)(?!.*:\s*\})|"
+    r"(?<=hour|ours),? and\b|(?<=\b[A-E])(?:[\s,}]|and|\\text \{)+(?=[A-E]\s*(?:[,}]|and|$))": "",
     r"\\text \{([^{}]*\w),? +(?:and|or) *\}": r"\\text {\1} , ",  # \text{cm and }
     r"(?:,\s*)?(?:\\text \{\s*)?\b(?:and|or)\b(?:\s*\}|(?=\s*(?:[-\d\\({]|\w\b)))": " , ",
-    r"(?<=\d)\s*((?:[ckm]m|kg|men|pct|[a-z]{4,}|[一-鿿])(?:[/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
-    r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^[23])?)+": " ",  # 5 \text{ cm}^2
-    r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ",  # \text{B}
-    r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o)\b|^[a-z]{3}$": name,
-    r"⟨no (?:real )?solutions?⟩": "∅", r"⟨all real numbers⟩|(?:^|(?<==))\s*R\s*$": "(-∞,∞)",
+    r"(?<=\d|}) *(([ckm]m|kg|m[ei]n|pct|[a-z]{4,}|[一-鿿])([/ ][a-z]+)*)\b(?![({])": r"\\text {\1}",
+    r"(\\text \{[^{}]*)\}\s*\\text \{": r"\1 ", r"(\d+)\s*\^?°\s*(\d+)\s*['′’]": r"(\1+\2/60)°",
+    r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^\s*(?:[23]|\{-\s*\d\}))?)+": " ",  # 5 cm
+    r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ", r"R *\\setminus ([^,{}]+)$": r"(-∞,\1),(\1,∞)",
+    r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o|(?<=\d )[AP]M)\b|"
+    r"^(?:[a-z]{3}| *[A-EIVX]{2,} *)$": name, r"^([^=]*(⟨[^⟩]*⟩)[^=]*\2[^=]*)$": r"(\1)",  # a, b, a
+    r"⟨no.{1,6}solutions?⟩|⟨empty set⟩": "∅", r"⟨all real numbers⟩|(?:^|(?<==))\s*R\s*$": "(-∞,∞)",
     r"(\d+\.\d*)\\overline \{?(\d+)\}?": r"(\1+(\1\2-\1)^2/(2*\1\2-\1-\1\2\2))",  # 0.1666...
-    r"^([^≈]*=[^≈]*|(?:[-\d(π]|\\frac|\\sqrt|\\l)[^≈]*)≈.*$|\\p?mod .*$": r"\1",  # x = 1/4 ≈ 0.3
+    r"^([^≈]*=[^≈]*|(?:[-\d(π]|\\frac|\\sqrt|\\l)[^≈]*)≈.*$|\\[bp]?mod .*$": r"\1",  # 1/4 ≈ 0.3
     r"\\(?:angle|widehat) \{?\s*([A-Z]+)\s*\}?": r"⟨∠\1⟩",  # \angle ABC
-    r"\\exp ": "e^", r"\\tg ": r"\\tan ", r"\\ctg ": r"\\cot ", r"\\arc": r"\\a",
+    r"\\arc": r"\\a", r"\\exp ": "e^", r"\\(a?)tg ": r"\\\1tan ", r"\\(a?)ctg ": r"\\\1cot ",
     r"\\(sin|cos|tan) \^\s*\{\s*-\s*1\s*\}": r"\\a\1 ",  # \sin^{-1} x
-    r"\\lfloor (.+?)\\rfloor ?": r"\\asinh(\1)",  # nobody writes asinh
-    r"^\|(\w)\|\s*([<≤])\s*(\w+)$": r"-\3 \2 \1 \2 \3",  # |x| < 3
+    r"(?:\\lfloor |⌊)(.+?)(?:\\rfloor|⌋) ?": r"\\asinh(\1)",  # nobody writes asinh
+    r"^\s*\|\s*(\w)\s*\|\s*([<≤])([^,<≤=≠]+)$": r"-(\3) \2 \1 \2 \3",  # |x| < 3
     r"\\sqrt \[([3579])\]\s*\{-(\w+)\}": r"-\\sqrt [\1]{\2}",  # \sqrt[3]{-8}
     r"\\sqrt \[([^\]]+)\]\s*" + GROUP: r"\\product {1}{\2^{1/(\1)}}",  # \sqrt[3]{x}
     r"\\sqrt \[": "?", r"\|([^|]+)\|": r"\\Abs(\1)", r"^\](.*,.*)\[$": r"(\1)",  # |x|, ]0, 1[
-    r"(\\(?:sin|co[st]|tan|sec) )\^ *(\w) *(\\?\w+|\([^()]*\))(?!\^)": r"\\product {1}{(\1\3)^\2}",
     r"\\log\s*_\s*" + GROUP: r"\\product {1/\\ln \1}\\ln ",  # \log_2 x
-    r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ", r"\^?\s*\{?\s*(?:°|⟨degrees⟩)\s*\}?": "°",
-    r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}",  # \frac12
+    r"\\lo?g ": r"\\product {1/\\ln 10}\\ln ", r"\^?\s*(\{\s*)?(?:°|⟨degrees⟩)\s*(?(1)\})": "°",
+    r"(\\(?:sin|co[st]|tan|sec) )\^(\w) *((?:\\frac \{[^{}]*\}\s*)?\{[^{}]*\}|\\?\w+°?|\([^()]*\))"
+    r"(?!\^)": r"\\product {1}{(\1\3)^\2}",  # \sin^2 x
+    r"(\\frac|\\binom)\s*(\d)\s*(\d)": r"\1{\2}{\3}", r"(?<!\b[A-J])([)!]|\^\w )\s*(?=\d)": r"\1*",
     r"(?<![\d.}_^])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\}|(?<=\s)\d+\s*/\s*\d+)": r"(\1+\2)",  # 1 2/3
-    r"(?<!\([A-J])(?<!^[A-J])\)\s*(?=\d)": ")*",  # (n - 1) 2^n
     r"^([^±]*)±([^±]*)±([^±]*)$": r"\1+\2+\3,\1-\2-\3", r"^([^±]*)±([^±]*)$": r"\1+\2,\1-\2",
 }
 TOKEN = (r"⟨[^⟩]*⟩|[fg] ?\([^()]*\)|[A-Z] ?\(\w+\)|(?:\d+|\w|\\\w+ )_(?:\{[^{}]*\}|\w)|\\[a-zA-Z]+|"
          r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?|\S")  # ⟨odd⟩, f(x), x_1, \pi, 0.5, +
 CONSTANTS = {"e": sympy.E, "i": sympy.I, "π": sympy.pi, "°": sympy.pi / 180, "%": sympy.S(1) / 100}
 NAMES = ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan",
-         "asinh", "ln", "sqrt", "Abs"]
+         "acot", "asinh", "ln", "sqrt", "Abs"]
 FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in NAMES}
 OPERATIONS = {"+": sympy.Add, "-": sympy.Expr.__sub__, "*": sympy.Mul, "/": sympy.Expr.__truediv__,
               "^": sympy.Pow, "!": sympy.factorial, r"\binom": sympy.binomial, **FUNCTIONS}
@@ -1221,8 +1222,7 @@ TWO_GROUPS = {r"\frac": "/", r"\binom": r"\binom", r"\product": "*"}
 INTERVALS = {"<<": "( {} , {} )", "<≤": "( {} , {} ]", "≤<": "[ {} , {} )", "≤≤": "[ {} , {} ]"}
 AFTER = r"[\d.⟨)\]}]|\\end"  # no factors: brackets that close, and the last of 5 million or 2 3
 OPENING, CLOSING = ("(", "[", "{", r"\begin"), (")", "]", "}", r"\end")
-# How tightly operators bind; SIDE_BY_SIDE is the 2x of \sin 2x, ATOM what no operator splits.
-SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(5)
+SUM, PRODUCT, SIDE_BY_SIDE, POWER, ATOM = range(5)  # SIDE_BY_SIDE binds the 2x of \sin 2x
 LEVELS = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
 LEVELS |= dict.fromkeys(FUNCTIONS | TWO_GROUPS, PRODUCT)
 
@@ -1265,7 +1265,7 @@ def shape(text: str) -> tuple[str, list]:
 def asked(left: str) -> bool:
     """May this left side of an equation be a name for what was asked, so not 2x, x^2 or x - 1?"""
     series = re.match(r"\\(?:sum|lim|int|prod|max|min)(?![a-z])|.*…", left)
-    formula = re.match(r"\d|- |[a-z]\S* \^|\\sqrt|.*/ \d[^)]*$|\\frac (?:\{ .* \} )?\{? ?\d", left)
+    formula = re.match(r"\d|- |[a-eg-z]\S* \^|\\sqrt|.*/ \d[^)]*$|\\frac (?:\{ .*\})?[{ ]*\d", left)
     outside = re.sub(r"[({[] [^(){}[\]]* [)}\]]", "", left)  # what is not in brackets
     return bool(series) or not (formula or re.search(" [+-] ", outside))
 

@@ -462,54 +462,54 @@ def test_the_split_that_is_wanted(monkeypatch, capsys):
 EQUAL = r"""
 1,296 ~ 1296 ~ 27.0 ~ 27 ~ 033 ~ 33 ~ 5 \text{ cm}^2 ~ 5 ~ \$18.90 ~ 18.9 ~ 24 square inches ~ 24
 28\% ~ 28 ~ 50\% ~ 0.5 ~ 90^\circ ~ 90 \text{ degrees} ~ 1\frac45 ~ 9/5 ~ 137 \frac{1}{2} ~ 137.5
--2½ ~ -2.5 ~ 3\times10^8 ~ 3e8 ~ ２７ ~ 27 ~ −3√5 ~ -3\sqrt{5} ~ 5 \text{ or } 6 ~ 6, 5
-\{1,2\} ~ 2, 1 ~ (1, 2), (3, 4) ~ (3,4),(1,2) ~ \text{(B)} ~ B ~ x = 5 ~ 5 ~ x=1, x=2 ~ 2, 1
-x \in [1,2) ~ 1\le x<2 ~ x \ge 2 ~ [2, \infty) ~ (3,\infty)\cup[0,1] ~ [0,1]\cup(3,\infty)
+9 \bmod 14 ~ 9 ~ 3\times10^8 ~ 3e8 ~ ２７ ~ 27 ~ −3√5 ~ -3\sqrt{5} ~ 5 \text{ or } 6 ~ 6, 5
+\{1,2\} ~ 2, 1 ~ (1, 2), (3, 4) ~ (3,4),(1,2) ~ \text{(B)} ~ B ~ \text{III} ~ III ~ x=1, x=2 ~ 2, 1
+x \in [1,2) ~ 1\le x<2 ~ x \ge 2 ~ [2, \infty) ~ \mathbb R\setminus\{3\} ~ (3,\infty)\cup(-\infty,3)
 1 \pm \sqrt2 ~ 1-\sqrt{2}, 1+\sqrt{2} ~ 2x > 4 ~ x > 2 ~ y = 2x + 3 ~ 2y - 4x = 6 ~ -2x > 4 ~ x < -2
-5 = x ~ x = 5 ~ e^{i\pi} ~ -1 ~ \frac{1+i}{2} ~ 0.5+0.5i ~ \log_2 8 ~ 3 ~ 10_{2} ~ 10_2
+5 = x ~ x = 5 ~ e^{i\pi} ~ -1 ~ \frac{1+i}{2} ~ 0.5+0.5i ~ \sin^2{x} ~ (\sin x)^2 ~ 10_{2} ~ 10_2
 \binom52 ~ 10 ~ \frac{n^2-n}{2} ~ \binom{n}{2} ~ \sin 30^\circ ~ \frac12 ~ \sin 2x ~ 2\sin x\cos x
-|x| ~ |-x| ~ \begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix}
+\varepsilon ~ \epsilon ~ \begin{pmatrix}1\\.5\end{pmatrix} ~ \begin{bmatrix}1\\\frac12\end{bmatrix}
 (-1)^n ~ (-1)^{n+2} ~ 2^{2024}-1 ~ 2\cdot2^{2023}-1 ~ \text{Yes} ~ yes ~ \frac{x^2}{x} ~ x
-\text{(A) } 31 ~ A ~ B. \ 7k ~ B ~ \text{(E) } 44 ~ 44 ~ \text{D) falls} ~ D
-\sin^2(\frac{u+v}{2}) = \frac15 ~ \frac15 ~ \lim_{n\to\infty} c_n = 8 ~ 8
+\text{(A) } 31 ~ A ~ B. \ 7k ~ B ~ \text{(E) } 44 ~ 44 ~ \text{D) falls} ~ D ~ \text{ACD} ~ A, C, D
+\sin^2(\frac{u+v}{2}) = \frac15 ~ \frac15 ~ \lim_{n\to\infty} c_n = 8 ~ 8 ~ \frac{5}{4} hours ~ 1.25
 \sum_{k=1}^n k = \frac{n(n+1)}{2} ~ \frac{n^2+n}{2} ~ 3^4 = 81 ~ 81 ~ x = 9+9+3 = 21 ~ 21
-\angle XYZ = 35^\circ ~ 35 ~ x=\frac18\approx0.1 ~ \frac18 ~ \text{Yes, one may} ~ Yes
-u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70 ~ 31cm ~ 31
-8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ 12:45 \text{ PM} ~ 12:45 \text{ p.m.} ~ 5:8 ~ \frac58
-x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8)
-\mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta
-\operatorname{ctg} \beta ~ \cot\beta ~ \color{blue}{6} ~ 6 ~ 0.\overline{142857} ~ \frac17
+\angle XYZ = 35^\circ ~ 35 ~ x=\frac18\approx0.1 ~ \frac18 ~ \text{Yes, one may} ~ Yes ~ -2½ ~ -2.5
+u^2+1 \text{ for all } u ~ u^2+1 ~ \text{19 kg} ~ 19 ~ 70 km/h ~ 70 ~ 31cm ~ 31 ~ x=4,\;y=6 ~ (4,6)
+8 \text{ m/s and } 9 \text{ m/s} ~ 8, 9 ~ \text{7:20 PM} ~ 7:20 \text{ p.m.} ~ 5:8 ~ \frac58
+x = 3, y = 8 ~ (3, 8) ~ \begin{cases} x=3 \\ y=8 \end{cases} ~ (3, 8) ~ \text{empty set} ~ \emptyset
+\mathbf{v} = 2\mathbf{w} ~ v = 2w ~ \operatorname{tg} \beta ~ \tan\beta ~ \text{The sum is } 17 ~ 17
+\operatorname{ctg} \beta ~ \cot\beta ~ \textcolor{blue}{\bm{6}} ~ 6 ~ \frac{6!}{3!3!\sin 30°} ~ 40
 x ∈ [2, 3] ~ [2,3] ~ 3⋅4 ~ 12 ~ z₁ = 6 ~ z_1 = 6 ~ \sin^{-1} \frac12 ~ \frac\pi6 ~ \cot 45^\circ ~ 1
-\sqrt[3]{-8} ~ -2 ~ 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16
-\mathbb{R} ~ (-\infty,\infty) ~ \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4)
-]1, 2[ ~ (1,2) ~ 5!=120 ~ 120 ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3) ~ \sqrt{2}x ~ x\sqrt2
-{n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ ~ \biggl(\frac12\biggr) ~ 0.5
-\operatorname*{tg} x ~ \tan x ~ \omega_0 t + 1 ~ 1 + t\omega_{0} ~ C_n^2 ~ \binom{n}{2}
-\left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720
+\sqrt[3]{-8} ~ -2 ~ 0.\overline{27} ~ \frac{3}{11} ~ 0.1\overline{6} ~ \frac16 ~ 64^\circ 30' ~ 64.5
+\mathbb{R} ~ (-\infty,\infty) ~ \varnothing ~ \text{no solution} ~ |t| < 4 ~ (-4, 4) ~ \log_2 8 ~ 3
+]1, 2[ ~ (1,2) ~ 5!=120 ~ 120 ~ (n-3) 2^{n}+5 ~ 5+2^n(n-3) ~ \sqrt{2}x ~ x\sqrt2 ~ 4 \colon 9 ~ 4:9
+{n \choose 3} ~ \binom{n}{3} ~ x \text{ degrees} ~ x^\circ ~ \biggl(\frac12\biggr) ~ 0.5 ~ x = 5 ~ 5
+\operatorname*{tg} x ~ \tan x ~ \omega_0 t + 1 ~ 1 + t\omega_{0} ~ C_n^2 ~ \binom{n}{2} ~ |x| ~ |-x|
+\left\lfloor \frac{m}{5} \right\rfloor ~ \lfloor m/5 \rfloor ~ 6! ~ 720 ~ \text{Yes}, k = 4 ~ Yes
 """
 DIFFERENT = r"""
-(n-3) 2^{n}+5 ~ (n-3)2n+5 ~ \text{(A) } 7, \text{(B) } 8 ~ \text{(A) } 8, \text{(B) } 7
+(n-3) 2^{n}+5 ~ (n-3)2n+5 ~ \text{(A) } 7, \text{(B) } 8 ~ \text{(A) } 8, \text{(B) } 7 ~ 2^34 ~ 32
 A. 7, B. 8 ~ A. 8, B. 7 ~ A:B = 1:2 ~ A:B = 2:1 ~ 2xyz ~ 2 ~ 2**5 ~ 25 ~ 3 \text{ trillion} ~ 3
 0.3333 ~ \frac13 ~ \pi ~ 3.14159 ~ 1,234 ~ 1, 234 ~ 50 ~ 0.5 ~ 50\% ~ 5 ~ 1\frac45 ~ \frac45
 (1,2) ~ (2,1) ~ (1,2) ~ [1,2] ~ \{1,2\} ~ (1,2) ~ 1,2,3 ~ 1,2 ~ \pm 3 ~ 3 ~ 3:2 ~ 2:3 ~ (B) ~ (C)
 y = 6 ~ x = 5 ~ y = 5 ~ x = 5 ~ 2x > 4 ~ x < 2 ~ x > 2 ~ x \ge 2 ~ x < 5 ~ 5 ~ 3+4i ~ 3-4i
 10_2 ~ 10_3 ~ 10_2 ~ 10 ~ \sqrt{x^2} ~ x ~ (-1)^n ~ 1 ~ 104! ~ 104 ~ 10^{100} ~ 10^{100}+1
-0 ~ 10^{-60} ~ \text{A beats B} ~ \text{B beats A} ~ 5 \text{ million} ~ 5
-0.\overline{3} ~ 0.\overline{7} ~ 2f(x) ~ f(2x)
-\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
+0 ~ 10^{-60} ~ \text{A beats B} ~ \text{B beats A} ~ 5 \text{ million} ~ 5 ~ \text{A} \text{ B} ~ A
+0.\overline{3} ~ 0.\overline{7} ~ 2f(x) ~ f(2x) ~ \text{A}\text{C} ~ \text{A}\text{B}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1\\2\\3\\4\end{pmatrix} ~ \text{ACD} ~ A, C, E
 \text{Yes}, \text{No} ~ \text{Yes}, \text{Yes} ~ \text{Monday} ~ \text{Friday} ~ \text{(A) } 31 ~ B
 \text{(A) } 31 ~ 13 ~ \text{(A) } 4 ~ \text{(C) } 4 ~ 2x + z = 1 ~ 1 ~ 9 = 7a + c ~ 7a + c
-2x = 10 ~ 10 ~ \sqrt{u} = 3 ~ 3 ~ \omega_0 ~ \omega_1 ~ \text{Ian} ~ \text{Ina}
-8 \text{ AM} ~ 8 \text{ PM} ~ 3 \text{ dozen} ~ 3 ~ 4 \text{ or more} ~ 4
-12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25 ~ |t| < 4 ~ (-\infty, 4)
-\sin^{-1} x ~ \csc x ~ 5:8 ~ 8:5 ~ u \approx 3.14 ~ u \approx 2.7 ~ x = 3, y = 8 ~ (8, 3)
+2x = 10 ~ 10 ~ \sqrt{u} = 3 ~ 3 ~ \omega_0 ~ \omega_1 ~ \text{Ian} ~ \text{Ina} ~ Yes, No ~ Yes, Yes
+8 \text{ AM} ~ 8 \text{ PM} ~ 3 \text{ dozen} ~ 3 ~ 4 \text{ or more} ~ 4 ~ 64^\circ 30' ~ 64.3
+12\% \text{ loss} ~ 12\% \text{ gain} ~ 2 \text{ hours } 5 ~ 25 ~ |t| < 4 ~ (-\infty, 4) ~ 5:8 ~ 8:5
+\sin^{-1} x ~ \csc x ~ 2^n 3^m ~ 2^m 3^n ~ u \approx 3.14 ~ u \approx 2.7 ~ x = 3, y = 8 ~ (8, 3)
 \angle ABC ~ \angle ACB ~ \lfloor m/5 \rfloor ~ \lfloor m/6 \rfloor ~ \sqrt{2}x ~ \sqrt{2x}
 \cos x \sin^2 x ~ \cos(x \sin^2 x) ~ J(0) e^{-s} ~ 0 ~ \frac{u}{4} = 5 ~ 5 ~ (2,345) ~ 2345
-Tim ~ Tmi ~ 4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3
+Tim ~ Tmi ~ 4 \text{ left} ~ 4 \text{ right} ~ \frac{1}{u} = 3 ~ 3 ~ \sin^2 20^\circ ~ \sin 20^\circ
 \begin{pmatrix}1&2\end{pmatrix} ~ \frac12 ~ (b_n) \text{ converges} ~ (b_n) \text{ diverges}
-90 \text{ BC} ~ 90 \text{ AD}
+90 \text{ BC} ~ 90 \text{ AD} ~ \text{Ann: } 5, \text{Bob: } 7 ~ \text{Ann: } 7, \text{Bob: } 5
 \begin{vmatrix}5&1\\2&4\end{vmatrix} ~ \begin{pmatrix}5&1\\2&4\end{pmatrix} ~ 20:45 ~ 20.45
-PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\}
+PQR \text{ is isosceles} ~ PQR \text{ is right} ~ \emptyset ~ \{0\} ~ Yes, No, No ~ Yes, Yes, No
 """
 HOSTILE = ["__import__('os').system('touch canary')", "().__class__", "lambda: 0", "10^{10^{10}}",
            "2^{" * 40 + "2" + "}" * 40, "(-1)^{10^{100}/3}", "10^{10^{100}/3}", "(a+b+c)^{400}",
