@@ -72,15 +72,16 @@ def paired_difference(gap: pd.Series) -> dict:
 
 def score(responses: list[dict]) -> pd.DataFrame:
     """A row per set and checkpoint."""
-    frame = pd.DataFrame(responses)
+    keys = ["set", "checkpoint", "question", "sample"]
+    frame = pd.DataFrame(responses).drop_duplicates(keys, keep="last")
     frame["mean@k"] = 100.0 * frame["correct"]
     frame["cut off"] = 100.0 * (frame["finish_reason"] == "length")
     frame["no box"] = 100.0 * frame["answer"].isna()
     frame["markers"] = frame["text"].str.count(MARKERS)
-    sizes = frame.groupby(["set", "checkpoint", "question"])["sample"].transform("size")
+    sizes = frame.groupby(keys[:3])["sample"].transform("size")
     k = sizes.max()
     frame = frame[sizes == k]  # a kill can leave a question half done
-    rows, base = [], {}
+    rows = []
     for (name, checkpoint), mine in frame.groupby(["set", "checkpoint"], sort=False):
         by_question = mine.groupby("question")
         means = by_question["mean@k"].mean()
@@ -96,10 +97,10 @@ def score(responses: list[dict]) -> pd.DataFrame:
         row[f"maj@{k}"] = 100 * won / len(means)
         row.update(mine[["cut off", "no box", "length", "markers"]].mean())
         row["markers"] *= 1000 / max(row["length"], 1)
-        if checkpoint == "base":  # the first one in each file
-            base[name] = means
-        elif name in base:
-            row.update(paired_difference((means - base[name]).dropna()))
+        base = frame[(frame["set"] == name) & (frame["checkpoint"] == "base")]
+        gap = (means - base.groupby("question")["mean@k"].mean()).dropna()
+        if checkpoint != "base" and len(gap):
+            row.update(paired_difference(gap))
         rows.append(row)
     return pd.DataFrame(rows).sort_values("set", kind="stable")
 
@@ -145,7 +146,7 @@ def report(output: Path):
 
 def regrade(args):
     """Grades the responses of a file again, in place."""
-    file = Path(args.regrade)
+    file = Path(args.regrade).resolve()  # of a link, what it points to
     with ogls.locked(file):  # nobody can append meanwhile
         before = read_lines(file, FIELDS)
         if not before:
@@ -158,20 +159,26 @@ def regrade(args):
 
 
 def hash_of(folder: Path) -> str:
-    """Of a model or adapter on this disk: .safetensors, .json and the like."""
+    """Of a model or adapter on this disk: its weights and its config.json and the like."""
     total = sha256()
-    for file in sorted(folder.glob("*.[sj]*")):
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
         with open(file, "rb") as opened:
             total.update(file_digest(opened, "sha256").digest())
     return total.hexdigest()
 
 
+def name_of(folder: Path) -> str:
+    return "/".join(folder.parts[-2:])  # ogls/step_000200, wherever the command runs
+
+
 def read_adapters(args) -> list:
     """The folders; args.cfg gets their rank and alpha.  UserError for other than plain LoRA."""
-    folders, shapes = [Path(name) for name in args.adapter or []], set()
-    others = ["use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save"]
+    folders, shapes = [Path(name) for name in dict.fromkeys(args.adapter or [])], set()
+    others = ["use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save",
+              "layer_replication", "target_parameters", "trainable_token_indices"]
     for folder in folders:
         with explained(f"--adapter {folder} cannot be used: {{reason}}"):
+            ogls.safetensors.torch.load_file(folder / "adapter_model.safetensors")  # whole?
             config = json.loads((folder / "adapter_config.json").read_text())
             used = [name for name in others if config.get(name)]
             if used or config["peft_type"] != "LORA":
@@ -205,10 +212,10 @@ def keep_settings(output: Path, settings: dict):
     """Beside --output, with those that it had.  UserError if two things would mix in it."""
     file = Path(f"{output}.settings.json")
     before = read_lines(file, {"model": str})
-    if output.stat().st_size == 0:
+    if output.stat().st_size == 0 and (before or not file.exists()):
         before = [{}]  # nothing, or a run that was stopped before its first response
     if not before:
-        raise UserError(f"{output} exists, but not {file}; take another --output")
+        raise UserError(f"{output} and {file} are not of one scoring; take another --output")
     for name, value in settings.items():
         was = before[0].get(name, value)
         if was != value:
@@ -234,22 +241,21 @@ def evaluate(args):
     settings["data"] = sha256(repr((problems, prompts)).encode()).hexdigest()
     settings["weights"] = hash_of(Path(cfg.model))
     for folder in adapters:
-        settings[f"adapter {folder}"] = hash_of(folder)
+        settings[f"adapter {name_of(folder)}"] = hash_of(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.touch()
     with ogls.locked(output):
         keep_settings(output, settings)
-        rows = read_lines(output, FIELDS)
-        with open(output, "r+b") as file:  # a kill can leave a question half written
-            lines = file.read().split(b"\n")
-            whole = (len(lines) - 1) // cfg.rollouts * cfg.rollouts
-            file.truncate(sum(len(line) + 1 for line in lines[:whole]))
+        read_lines(output, FIELDS)  # UserError, before anything is cut off
+        with open(output, "r+b") as file:  # a kill can leave half a line
+            file.truncate(file.read().rfind(b"\n") + 1)
         sampler, done = None, {}
-        for row in rows[:whole]:
-            done.setdefault(row["checkpoint"], set()).add((row["set"], row["question"]))
+        for row in read_lines(output, FIELDS):
+            key = (row["checkpoint"], row["set"], row["question"])
+            done.setdefault(key, set()).add(row["sample"])
         for checkpoint in [None, *adapters]:
-            name = str(checkpoint or "base")
-            have = done.setdefault(name, set())
+            name = "base" if checkpoint is None else name_of(checkpoint)
+            have = {key for key in problems if len(done.get((name, *key), ())) == cfg.rollouts}
             if len(have) < len(problems) and not sampler:
                 sampler = open_sampler(cfg, tokenizer, eos, args.tensor_parallel_size or 1)
             for key, rollouts in sample_missing(sampler, cfg, checkpoint, prompts, have):
@@ -383,10 +389,12 @@ def toy_example(rng: Random, tokenizer) -> Tensor:  # (L, 2)
 def make_toy(folder: Path, seed: int) -> list[str]:
     """A tiny Qwen3 after its warm-up, and its problems, once; returns the flags to train on it."""
     flags = [f"--model={folder}", f"--data={folder}/train.jsonl", *TOY]
+    if folder.exists() and read_lines(folder / "seed.json", {"seed": int}) != [{"seed": seed}]:
+        raise UserError(f"{folder} is no toy of this --seed; take another --output-dir")
     if (folder / "heldout.jsonl").exists():
-        if read_lines(folder / "seed.json", {"seed": int}) != [{"seed": seed}]:
-            raise UserError(f"{folder} was made with another --seed; take another --output-dir")
         return flags
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "seed.json", json.dumps({"seed": seed}))
     torch.manual_seed(seed)
     rng = Random(seed)
     tokenizer = toy_tokenizer()
@@ -407,7 +415,6 @@ def make_toy(folder: Path, seed: int) -> list[str]:
             say(f"warm-up of the toy: step {step} of {WARM_UP}, loss {loss.item():.3f}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_text(folder / "seed.json", json.dumps({"seed": seed}))
     write_problems(folder, toy_problem, rng, 1000, 140)
     return flags
 
@@ -438,7 +445,7 @@ def score_toy(words: list[str], adapter) -> dict:
             "markers": found["markers"], "length": found["length"]}
 
 
-def run_toy(argv: list[str]) -> int:
+def run_toy(argv: list[str]):
     """`ogls_sd.py --toy`: the same program with other flags, which are shown, and a score."""
     began = time.perf_counter()
     for word in argv:
@@ -451,9 +458,7 @@ def run_toy(argv: list[str]) -> int:
         words = make_toy(out / "toy", cfg.seed) + argv
     say("the toy is this command; its settings other than folders are not the paper's:")
     say(f"python ogls_sd.py {shlex.join(words)}")
-    code = ogls.main(words)
-    if code:
-        return code
+    ogls.run(words)
     last = ogls.checkpoints(out)[-1]
     before = score_toy(words, None)
     after = score_toy(words, last)
@@ -465,7 +470,6 @@ def run_toy(argv: list[str]) -> int:
     say(f"answers that check: {before['check']:.0f} % before, {after['check']:.0f} % after; right "
         f"before: {before['right if checked']:.0f} % of these, "
         f"{before['right at once']:.0f} % of the others")
-    return 0
 
 
 # ==== Word problems for small real models: --word-problems ========================================
@@ -548,8 +552,7 @@ def toy_table(args):
                 words = [*flags, *changes, f"--output-dir={out}"]
                 if (out / "config.json").exists():
                     words.append("--resume")
-                if ogls.main(words):
-                    raise UserError(f"the run in {out} failed; its error stands above")
+                ogls.run(words)
                 rows.append({"method": name, **score_toy(words, out / f"step_{steps:06d}")})
                 runs.setdefault(name, []).append(out)
         say("\nheld-out problems, mean ± standard deviation over seeds (of everything):")
@@ -695,13 +698,13 @@ def parse_args(argv: list[str]) -> Namespace:
         description=__doc__, allow_abbrev=False, exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--adapter", nargs="+", type=os.path.relpath, help="checkpoint folders")
+    add("--adapter", nargs="+", action="extend", type=os.path.realpath, help="checkpoint folders")
     add("--k", type=int, help="samples per question (default: 8)")
     add("--tensor-parallel-size", type=int, help="GPUs for vLLM (default: 1)")
     add("--output", help="file to write (default: scores/MODEL.jsonl)")
     add("--seeds", type=int, help="of --toy-table (default: 3)")
     add("--regrade", metavar="FILE")
-    add("--plot", metavar="RUN", nargs="+", type=Path)
+    add("--plot", metavar="RUN", nargs="+", action="extend", type=Path)
     add("--toy-table", action="store_const", const=True)
     add("--teacher", metavar="N", type=int)
     add("--inspect", metavar="N", type=int)

@@ -508,7 +508,7 @@ def save_adapter(model, folder: Path, cfg):
 
 def load_adapter(model, folder: Path):
     """Takes an adapter in PEFT's format that has this model's layers and rank.  UserError."""
-    with explained(f"the adapter in {folder} does not fit this model: {{reason}}"):
+    with explained(f"the adapter in {folder} is broken or of another model: {{reason}}"):
         loaded = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         tensors = adapter_tensors(model)
         if set(loaded) != set(tensors):
@@ -954,8 +954,8 @@ def restore(out: Path, model, optimizer, run: str) -> int:
         with explained(f"{folder} is broken: {{reason}}; remove it, then --resume again"):
             load_adapter(model, folder)
             state = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
-            if state["run"] != run:
-                raise ValueError("it belongs to another run")
+            if state["run"] != run or folder.name != f"step_{state['step']:06d}":
+                raise ValueError("it belongs to another run or step")
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
@@ -983,9 +983,9 @@ def load_tokenizer(cfg) -> tuple:
             eos = transformers.GenerationConfig.from_pretrained(cfg.model).eos_token_id or eos
         if isinstance(eos, int):
             eos = [eos]
-        if not eos:
-            raise ValueError("it names no EOS token")
-        if tokenizer.eos_token_id not in eos + [None]:
+        if not eos or tokenizer.eos_token_id is None:
+            raise ValueError("it or its tokenizer names no EOS token")
+        if tokenizer.eos_token_id not in eos:
             eos = eos + [tokenizer.eos_token_id]  # vLLM ends a rollout there, too
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"{len(tokenizer)} tokens, but a vocabulary of {config.vocab_size}")
@@ -1081,7 +1081,7 @@ def write_text(path: Path, text: str):
 
 
 @contextlib.contextmanager
-def explained(text: str) -> Iterator[None]:
+def explained(text: str):
     """Libraries raise many kinds of error for one mistake: one line, with their {reason}."""
     try:
         yield
@@ -1093,7 +1093,7 @@ def explained(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path):
     """One process a folder or a file; the lock dies with its process.  UserError if it is taken."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
