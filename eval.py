@@ -557,7 +557,7 @@ def toy_table(args):
                 runs.setdefault(name, []).append(out)
         say("\nheld-out problems, mean ± standard deviation over seeds (of everything):")
         by_method = pd.DataFrame(rows).groupby("method", sort=False)
-        spreads = by_method.std().map("{:.1f}".format)
+        spreads = by_method.std().fillna(0.0).map("{:.1f}".format)
         say((by_method.mean().map("{:.1f} ± ".format) + spreads).to_string())
         draw(runs, folder / "toy.png")
 
