@@ -158,7 +158,7 @@ def regrade(args):
         report(file)
 
 
-def hash_of(folder: Path) -> str:
+def hash_of_files(folder: Path) -> str:
     """Of a model or adapter on this disk: its weights and its config.json and the like."""
     total = sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
@@ -239,9 +239,9 @@ def evaluate(args):
     tokenizer, eos = ogls.load_tokenizer(cfg)
     settings = {name: getattr(cfg, name) for name in [*SAMPLING, "sampler", "rollouts"]}
     settings["data"] = sha256(repr((problems, prompts)).encode()).hexdigest()
-    settings["weights"] = hash_of(Path(cfg.model))
+    settings["weights"] = hash_of_files(Path(cfg.model))
     for folder in adapters:
-        settings[f"adapter {name_of(folder)}"] = hash_of(folder)
+        settings[f"adapter {name_of(folder)}"] = hash_of_files(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.touch()
     with ogls.locked(output):

@@ -1157,7 +1157,7 @@ UNIT = (r"\\text \{(?!\W*(?:(?i:[ap]\.?m|hundred|thousand|\w*illion|dozen|is|are
         r"less|left|right|loss|profit|bc|ad|(?:con|di)verges)|[ieNS])\b)[^{}\d]*(?:\^?[23]\s*)?\}")
 
 
-def name(match: re.Match) -> str:
+def word(match: re.Match) -> str:
     """A text or a word as one name, in lower case and without its full stops."""
     return " ⟨" + re.sub(r"\\text \{|[},;.]", "", match[0]).strip().lower() + "⟩ "
 
@@ -1190,7 +1190,7 @@ RULES = {  # in this order: a pattern and what it becomes, with an example where
     r"(?<=[\d)}!°π%])(?:[\s/]*" + UNIT + r"(?:\s*\^\s*(?:[23]|\{-\s*\d\}))?)+": " ",  # 5 cm
     r"\\text \{\s*(\w?\W?)\s*\}": r" \1 ", r"R *\\setminus ([^,{}]+)$": r"(-∞,\1),(\1,∞)",
     r"\\text \{[^{}]*\}|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Z][a-z]{2}|[yY]es|[nN]o|(?<=\d )[AP]M)\b|"
-    r"^(?:[a-z]{3}| *[A-EIVX]{2,} *)$": name, r"^([^=]*(⟨[^⟩]*⟩)[^=]*\2[^=]*)$": r"(\1)",  # a, b, a
+    r"^(?:[a-z]{3}| *[A-EIVX]{2,} *)$": word, r"^([^=]*(⟨[^⟩]*⟩)[^=]*\2[^=]*)$": r"(\1)",  # a, b, a
     r"⟨no.{1,6}solutions?⟩|⟨empty set⟩": "∅", r"⟨all real numbers⟩|(?:^|(?<==))\s*R\s*$": "(-∞,∞)",
     r"(\d+\.\d*)\\overline \{?(\d+)\}?": r"(\1+(\1\2-\1)^2/(2*\1\2-\1-\1\2\2))",  # 0.1666...
     r"^([^≈]*=[^≈]*|(?:[-\d(π]|\\frac|\\sqrt|\\l)[^≈]*)≈.*$|\\[bp]?mod .*$": r"\1",  # 1/4 ≈ 0.3

@@ -194,7 +194,6 @@ SMALL = Config(
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A model folder with a problem file in it."""
     folder = tiny_model(tmp_path_factory.mktemp("world"))
     write_rows(folder / "train.jsonl", toy_rows(12))
     return folder
@@ -675,7 +674,6 @@ def call(world, out, *more):
 
 
 def program(flags, env=None):
-    """In a process of its own."""
     command = [sys.executable, ogls_sd.__file__, *flags]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
 
@@ -709,10 +707,12 @@ def tree(*folders):
 
 
 def spoil(root, files, old, new):
-    """Replaces the first match in each of the files; they are gone if `new` is None."""
+    """Edits the first match in each of the files, renames folders; `new` of None removes either."""
     for path in list(root.glob(files)):
         if new is None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif path.is_dir():
+            path.rename(path.with_name(new))
         else:
             text = path.read_bytes().decode("latin-1")
             text = re.sub(old, new, text, count=1, flags=re.DOTALL)
@@ -814,7 +814,7 @@ def test_a_run_that_is_killed_at_random_moments(world, unbroken, tmp_path, capfd
     ("run/config.json", ".*", "{", "config.json"), ("run/config.json", ".*", "{}", "of no run"),
     ("run/config.json", '"run": ".', '"run": "', "another run"),
     ("run/metrics.jsonl", ".*", "step 1\n", "metrics.jsonl"),
-    ("run/step_0*", "", None, "no checkpoint"),
+    ("run/step_0*", "", None, "no checkpoint"), ("run/step_000020", "", "step_000021", "or step"),
     ("run/step_0*/trainer_state.pt", ".*", "garbage", "remove it"),
     ("run/step_0*/adapter_model.safetensors", "", None, "step_"),
     ("run/step_0*/adapter_model.safetensors", "layers.1", "layers.2", "other layers"),
@@ -834,6 +834,7 @@ def test_what_a_resumed_run_must_not_meet(files, old, new, named, world, unbroke
 
 BROKEN = [  # models, each in its way
     ("mute/chat_template.jinja", "", None), ("deaf/chat_template.jinja", ".*", "Hello!"),
+    ("anon/tokenizer_config.json", '"eos_token": "[^"]*"', '"eos_token": null'),
     ("alien/config.json", "qwen3", "bert"), ("short/config.json", '_size": 124', '_size": 100'),
     ("endless/*config.json", 'eos_token_id": 1', 'eos_token_id": []'),
     ("cut/model.safetensors", ".*", "no weights"), ("pickled/model.safetensors", "", None),
@@ -848,7 +849,6 @@ FILES = {
 
 @pytest.fixture(scope="session")
 def broken(world, tmp_path_factory):
-    """Models and problem files that cannot be used."""
     root = tmp_path_factory.mktemp("broken")
     for files, old, new in BROKEN:
         shutil.copytree(world, root / files.partition("/")[0])
@@ -872,9 +872,9 @@ BAD = """--no-such-flag 1 | --no-such-flag; --step 3 | --step; --steps 1.5 | --s
 --vllm-memory 2 | --vllm-memory; --output-dir= | --output-dir; --toy=false | --toy;
 --model no/model | no/model; --model {bad}/cut | /cut; --model {bad}/pickled | safetensors;
 --model {bad}/mute | template; --model {bad}/deaf | leaves out; --model {bad}/endless | EOS;
---model {bad}/adapter | adapter; --model {bad}/short | vocabulary; --model {bad}/capped | steered;
---model {bad}/hybrid | steered; --model {bad}/elastic | length; --model {bad}/nan | steered;
---max-new-tokens 99999 | context; --data {bad}/none.jsonl | none.jsonl;
+--model {bad}/anon | EOS; --model {bad}/adapter | adapter; --model {bad}/short | vocabulary;
+--model {bad}/capped | steered; --model {bad}/hybrid | steered; --model {bad}/elastic | length;
+--model {bad}/nan | steered; --max-new-tokens 99999 | context; --data {bad}/none.jsonl | none.jsonl;
 --data {{no}}/\x1b[2J\u202e | {{no}}/; --data {bad}/half.jsonl | half;
 --data {bad}/empty.jsonl | 0 rows; --data {bad}/table.csv | .parquet;
 --data {bad}/long.jsonl | --max; --data {bad}/latin.jsonl | utf;
@@ -988,7 +988,6 @@ max_grad_norm 0.1 1; lora_rank 64 4; lora_alpha 128 4; dtype bfloat16 bfloat16; 
 
 
 def test_the_defaults_are_the_recipe():
-    """Of method.md 4; then those of scoring."""
     flags = ["--sampler=hf", "--model=Qwen/Qwen3-1.7B", "--steps=200", "--save-every=25",
              "--data=siyanzhao/Openthoughts_math_30k_opsd"]
     for row in RECIPE.split(";"):
@@ -1029,7 +1028,6 @@ def test_verdicts_and_solutions_of_a_step(world):
 
 
 def test_what_vllm_is_asked_for(world, monkeypatch):
-    """By an engine that answers with two tokens; the ids of adapters are new."""
     bench = Bench(world, rollouts=2, temperature=0.7, top_p=0.8, top_k=9, max_new_tokens=11,
                   lora_rank=20)
     eos, vllm = bench.eos, MagicMock()
@@ -1163,7 +1161,7 @@ score --output=o.jsonl --adapter other | /other; score --output=bare.jsonl | set
 score --output=list.jsonl | settings.json; score --k=0 | --k; score --output= | empty;
 score --data=aime99 | aime99; score --data=./gone.jsonl | gone; score --top-p 7 | --top-p;
 score --data=nothing.jsonl | nothing; score --data=a.jsonl,./a.jsonl | two sets;
-score --adapter gone | gone cannot be used; score --adapter dora other | use_dora;
+score --adapter gone | gone cannot be used; score --adapter dora --adapter other | use_dora;
 score --tensor-parallel-size=-1 | --tensor; score --lr=1 | --lr; --unknown=1 | unknown;
 --regrade=gone.jsonl | gone; --regrade=other.jsonl | right type; --regrade=empty | no response;
 --regrade=o.jsonl --k=2 | --k; --plot run | metrics.jsonl; --plot dora | metrics.jsonl;
@@ -1265,9 +1263,11 @@ def test_toy_is_an_ordinary_run(toy, capsys):
     assert len(set(re.findall('"problem": "[^"]*"', "".join(files)))) == 1000 + 140
     record = json.loads((toy / "config.json").read_text())
     assert record["clip"] == 0 and record["sampler"] == "hf" and record["questions"] == 3
+    (toy / "odd/toy").mkdir(parents=True)
     before = tree(toy)
     for words, flags in (("--seed", ["--seed=7"]), ("own model", ["--model=x"]), ("no", ["no"]),
-                         ("own model", ["--data", "x"]), ("--resume", [])):
+                         ("own model", ["--data", "x"]), ("--resume", []),
+                         ("no toy", [f"--output-dir={toy}/odd"])):
         assert ogls_sd.main(["--toy", f"--output-dir={toy}", *flags]) == 2
         assert words in one_line(capsys.readouterr().err)
         assert tree(toy) == before
